@@ -3,13 +3,13 @@
 EngineError
 ├── ConfigError             a value cannot work; names the flag              exit code 2 at start
 ├── RequestError            the caller's fault; says what to change          HTTP 400
-│   └── UnsupportedError    a real feature that this version does not have   HTTP 400 (501 where clients expect it)
+│   └── UnsupportedError    a real feature that this version does not have   HTTP 400
 ├── EngineOverloadedError   too much in flight; nothing was started          HTTP 429
 ├── EngineGenerateError     one request failed inside the engine             HTTP 500
 ├── EngineStartError        a process could not start; carries the cause     exit code 3
 ├── EngineDeadError         a process is gone and was given up               HTTP 503
 ├── ProtocolError           a peer speaks another protocol or schema         connection refused
-└── OutOfBlocksError        a caller broke the block pool's rule             kills the engine core, loudly
+└── OutOfBlocksError        a caller broke the block pool's rule             kills the core, loudly
 """
 
 

@@ -11,7 +11,6 @@ Wires (design: two ROUTER/DEALER pairs, both ends of each typed by a union below
 
 import hashlib
 from enum import IntEnum
-from typing import Any
 
 import msgspec
 
@@ -167,58 +166,53 @@ class Goodbye(Message, frozen=True):
 # ---------------------------------------------------------------- typed control operations
 
 
-class Operation(Message, frozen=True):
-    """Base of the control operations a ``Call`` may carry."""
-
-
-class ResetPrefixCache(Operation, frozen=True):
+class ResetPrefixCache(Message, frozen=True):
     """Forget every cached prefix. Result: bool, False when blocks are still held."""
 
 
-class GetStats(Operation, frozen=True):
+class GetStats(Message, frozen=True):
     """Result: SchedulerStats."""
 
 
-class Sleep(Operation, frozen=True):
+class Sleep(Message, frozen=True):
     """Free device memory: level 1 keeps weights on the host, level 2 drops them. Result: None."""
 
     level: int = 1
 
 
-class WakeUp(Operation, frozen=True):
+class WakeUp(Message, frozen=True):
     """Undo Sleep. Result: None."""
 
 
-class IsSleeping(Operation, frozen=True):
+class IsSleeping(Message, frozen=True):
     """Result: bool."""
 
 
-class StartProfile(Operation, frozen=True):
+class StartProfile(Message, frozen=True):
     """Start torch's profiler in the workers; traces go to ``directory``. Result: None."""
 
     directory: str
 
 
-class StopProfile(Operation, frozen=True):
+class StopProfile(Message, frozen=True):
     """Stop the profiler and write the traces. Result: list of file names."""
 
 
-class PauseGeneration(Operation, frozen=True):
-    """Plan no more steps. ``mode``: "abort" ends what is open, "wait" lets it finish, "keep"
-    holds it where it is. Result: None."""
+class PauseGeneration(Message, frozen=True):
+    """Plan no more steps: "abort", "wait" for or "keep" what is open. Result: None."""
 
     mode: str = "abort"
 
 
-class ResumeGeneration(Operation, frozen=True):
+class ResumeGeneration(Message, frozen=True):
     """Undo PauseGeneration. Result: None."""
 
 
-class IsPaused(Operation, frozen=True):
+class IsPaused(Message, frozen=True):
     """Result: bool."""
 
 
-class CheckWorkers(Operation, frozen=True):
+class CheckWorkers(Message, frozen=True):
     """Ask every rank for a sign of life. Result: list[WorkerInfo]."""
 
 
@@ -490,16 +484,11 @@ CoreToWorker = SchedulerOutput | GrammarMask | Call | Shutdown
 WorkerToCore = LoadProgress | WorkerReady | ModelRunnerOutput | CallResult | WorkerError
 
 
-def _describe(kind: Any) -> Any:
-    """A stable description of everything reachable from a union of messages."""
-    return msgspec.json.encode(msgspec.json.schema(kind), order="sorted")
-
-
 def schema_hash() -> str:
     """Digest of every wire's schema; two processes with different digests must not talk."""
     digest = hashlib.sha256()
     for wire in (FrontendToCore, CoreToFrontend, CoreToWorker, WorkerToCore):
-        digest.update(_describe(wire))
+        digest.update(msgspec.json.encode(msgspec.json.schema(wire), order="sorted"))
     return digest.hexdigest()[:16]
 
 

@@ -48,7 +48,9 @@ class StructuredOutputsParams(msgspec.Struct, kw_only=True, dict=True):
         kinds = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
         given = [name for name in kinds if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"exactly one of {', '.join(kinds)} must be set, got {given or 'none'}")
+            raise ValueError(
+                f"exactly one of {', '.join(kinds)} must be set, got {given or 'none'}"
+            )
 
 
 class SamplingParams(msgspec.Struct, dict=True, omit_defaults=True):
@@ -171,7 +173,9 @@ class SamplingParams(msgspec.Struct, dict=True, omit_defaults=True):
     @staticmethod
     def from_optional(**fields: Any) -> "SamplingParams":
         """Build from fields where None means "the default"."""
-        return SamplingParams(**{name: value for name, value in fields.items() if value is not None})
+        return SamplingParams(
+            **{name: value for name, value in fields.items() if value is not None}
+        )
 
     def _check_counts(self) -> None:
         _whole("n", self.n, 1)
