@@ -7,6 +7,7 @@ fields added since follow. A value that could only fail later is refused here, n
 from enum import IntEnum
 from functools import cached_property
 from math import isfinite
+from types import NoneType
 from typing import Any
 
 import msgspec
@@ -97,17 +98,18 @@ class SamplingParams(msgspec.Struct, dict=True, omit_defaults=True):
     skip_reading_prefix_cache: bool | None = None
 
     def __post_init__(self) -> None:
-        """Normalise, then check every range."""
-        if self.stop is None:
-            self.stop = []
-        elif isinstance(self.stop, str):
-            self.stop = [self.stop]
+        """Check types, normalise, then check every range."""
+        for name, kind in _KINDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind):
+                raise ValueError(f"{name} must be {_kind_name(kind)}, got {value!r:.80}")
+        self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
         self.stop_token_ids = list(self.stop_token_ids or [])
         if self.seed == -1:
             self.seed = None
         if self.logit_bias is not None:
             self.logit_bias = {
-                int(token): min(100.0, max(-100.0, float(bias)))
+                _token_id("logit_bias key", token): _bias(token, bias)
                 for token, bias in self.logit_bias.items()
             }
         self._check_counts()
@@ -215,23 +217,19 @@ class SamplingParams(msgspec.Struct, dict=True, omit_defaults=True):
 
     def _check_stops(self) -> None:
         if not all(isinstance(text, str) and text for text in self.stop_strings):
-            raise ValueError(f"stop must hold non-empty strings, got {self.stop_strings!r}")
+            raise ValueError(f"stop must hold non-empty strings, got {self.stop_strings!r:.80}")
         if self.stop_strings and not self.detokenize:
             raise ValueError("stop strings need detokenize=True")
 
     def _check_lists(self) -> None:
         for name in ("stop_token_ids", "allowed_token_ids"):
             for token_id in getattr(self, name) or ():
-                _whole(f"{name} entry", token_id, 0, 2**31 - 1)
+                _token_id(f"{name} entry", token_id)
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise ValueError("allowed_token_ids must not be empty")
         for word in self.bad_words or ():
             if not isinstance(word, str) or not word:
-                raise ValueError(f"bad_words must hold non-empty strings, got {word!r}")
-        for token_id, bias in (self.logit_bias or {}).items():
-            _whole("logit_bias key", token_id, 0, 2**31 - 1)
-            if bias != bias:
-                raise ValueError(f"logit_bias of token {token_id} is not a number")
+                raise ValueError(f"bad_words must hold non-empty strings, got {word!r:.80}")
 
     def _check_beam(self) -> None:
         if self.num_branches < 2:
@@ -246,16 +244,66 @@ class SamplingParams(msgspec.Struct, dict=True, omit_defaults=True):
             )
 
 
+# Fields whose type the range checks below do not cover; None in a tuple stands for "unset".
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "use_beam_search": bool,
+    "early_stopping": (bool, str),
+    "stop": (str, list, tuple, NoneType),
+    "stop_token_ids": (list, tuple, NoneType),
+    "include_stop_str_in_output": bool,
+    "ignore_eos": bool,
+    "detokenize": bool,
+    "skip_special_tokens": bool,
+    "spaces_between_special_tokens": bool,
+    "logits_processors": (list, tuple, NoneType),
+    "bad_words": (list, tuple, NoneType),
+    "allowed_token_ids": (list, tuple, NoneType),
+    "logit_bias": (dict, NoneType),
+    "structured_outputs": (StructuredOutputsParams, NoneType),
+    "output_kind": RequestOutputKind,
+    "flat_logprobs": bool,
+    "extra_args": (dict, NoneType),
+    "skip_reading_prefix_cache": (bool, NoneType),
+}
+
+
+def _kind_name(kind: type | tuple[type, ...]) -> str:
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return " or ".join("None" if k is NoneType else k.__name__ for k in kinds)
+
+
+def _token_id(name: str, value: object) -> int:
+    """A token id; a string of digits, as JSON keys are, will do."""
+    if isinstance(value, str) and value.isdecimal() and len(value) < 12:
+        value = int(value)
+    _whole(name, value, 0, 2**31 - 1)
+    assert isinstance(value, int)
+    return value
+
+
+def _bias(token: object, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        raise ValueError(f"logit_bias of token {token!r:.20} must be a number, got {value!r:.80}")
+    return min(100.0, max(-100.0, value))
+
+
 def _whole(name: str, value: object, low: int, high: int = 2**63 - 1) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{name} must be a whole number, got {value!r}")
+        raise ValueError(f"{name} must be a whole number, got {value!r:.80}")
     if not low <= value <= high:
         limit = f"at least {low}" if high == 2**63 - 1 else f"between {low} and {high}"
         raise ValueError(f"{name} must be {limit}, got {value}")
 
 
+def _is_finite(value: float) -> bool:
+    try:
+        return isfinite(value)
+    except OverflowError:  # a whole number beyond every float
+        return False
+
+
 def _real(name: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r:.80}")
     if not low <= value <= high:
         raise ValueError(f"{name} must be between {low} and {high}, got {value}")
