@@ -79,7 +79,7 @@ def test_a_template_that_raises_becomes_the_callers_fault() -> None:
     "template",
     [
         pytest.param("{{ 'a' * 10**10 }}", id="repeated text"),
-        pytest.param("{{ 2 ** 10**9 ** 3 }}", id="tower of powers"),
+        pytest.param("{{ 2 ** (10 ** 9) }}", id="tower of powers"),
         pytest.param("{% for i in range(10**9) %}{% endfor %}", id="huge range"),
         pytest.param("{% for i in range(99999) %}aaaaaaaaaaaaaaaa{% endfor %}", id="long output"),
         pytest.param("{{ ''.__class__.__mro__[1].__subclasses__() }}", id="escape by attributes"),
