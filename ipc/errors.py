@@ -7,10 +7,25 @@ EngineError
 ├── EngineOverloadedError   too much in flight; nothing was started          HTTP 429
 ├── EngineGenerateError     one request failed inside the engine             HTTP 500
 ├── EngineStartError        a process could not start; carries the cause     exit code 3
-├── EngineDeadError         a process is gone and was given up               HTTP 503
+│   └── DeviceStartError    the device does not work                         exit code 6
+├── EngineDeadError         a process is gone and was given up               HTTP 503, exit 4 or 5
+│   └── DeviceDeadError     the device stopped working                       exit code 6
 ├── ProtocolError           a peer speaks another protocol or schema         connection refused
 └── OutOfBlocksError        a caller broke the block pool's rule             kills the core, loudly
 """
+
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """How an engine's process ended; a service manager can tell failures apart."""
+
+    CLEAN = 0
+    CONFIG = 2
+    START_FAILED = 3
+    CORE_DIED = 4
+    WORKER_DIED = 5
+    DEVICE_UNUSABLE = 6
 
 
 class EngineError(Exception):
@@ -53,9 +68,25 @@ class EngineGenerateError(EngineError):
 class EngineStartError(EngineError, RuntimeError):
     """A process of the engine could not start. The message names the stage and the real cause."""
 
+    exit_code = ExitCode.START_FAILED
+
 
 class EngineDeadError(EngineError, RuntimeError):
     """The engine stopped and was given up; every open request got this error."""
+
+    exit_code = ExitCode.WORKER_DIED
+
+
+class DeviceStartError(EngineStartError):
+    """A worker's device does not work, so no start can succeed on this machine."""
+
+    exit_code = ExitCode.DEVICE_UNUSABLE
+
+
+class DeviceDeadError(EngineDeadError):
+    """A worker's device stopped working; a new process on it would fail too."""
+
+    exit_code = ExitCode.DEVICE_UNUSABLE
 
 
 class ProtocolError(EngineError):

@@ -244,6 +244,7 @@ class CallResult(Message, frozen=True):
     call_id: int
     result: msgspec.Raw | None = None
     error: str | None = None  # set exactly when the operation failed
+    error_kind: str = "EngineError"  # class of ipc.errors to raise for ``error``
 
 
 # ---------------------------------------------------------------- core -> frontend
@@ -492,9 +493,14 @@ def schema_hash() -> str:
     return digest.hexdigest()[:16]
 
 
+def _refuse_extension(code: int, _data: memoryview) -> object:
+    """Extension types are how other systems smuggle objects; no wire of ours has any."""
+    raise ValueError(f"msgpack extension type {code} is not part of the protocol")
+
+
 # Built once per process: building one per message is what msgspec's docs warn about.
 encoder = msgspec.msgpack.Encoder()
-frontend_to_core_decoder = msgspec.msgpack.Decoder(FrontendToCore)
-core_to_frontend_decoder = msgspec.msgpack.Decoder(CoreToFrontend)
-core_to_worker_decoder = msgspec.msgpack.Decoder(CoreToWorker)
-worker_to_core_decoder = msgspec.msgpack.Decoder(WorkerToCore)
+frontend_to_core_decoder = msgspec.msgpack.Decoder(FrontendToCore, ext_hook=_refuse_extension)
+core_to_frontend_decoder = msgspec.msgpack.Decoder(CoreToFrontend, ext_hook=_refuse_extension)
+core_to_worker_decoder = msgspec.msgpack.Decoder(CoreToWorker, ext_hook=_refuse_extension)
+worker_to_core_decoder = msgspec.msgpack.Decoder(WorkerToCore, ext_hook=_refuse_extension)
