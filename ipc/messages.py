@@ -13,6 +13,7 @@ import hashlib
 from enum import IntEnum
 
 import msgspec
+import msgspec.inspect
 
 from ipc.sampling_params import SamplingParams
 
@@ -470,27 +471,19 @@ class WorkerError(Message, frozen=True):
 
 
 FrontendToCore = (
-    Hello
-    | AddRequest
-    | AbortRequests
-    | AbortBranches
-    | ProcessedLogits
-    | Ack
-    | Heartbeat
-    | Goodbye
-    | Call
-)
+    Hello | AddRequest | AbortRequests | AbortBranches | ProcessedLogits
+    | Ack | Heartbeat | Goodbye | Call
+)  # fmt: skip
 CoreToFrontend = Welcome | Refused | EngineOutputs | CallResult | Heartbeat | EngineFailed
 CoreToWorker = SchedulerOutput | GrammarMask | Call | Shutdown
 WorkerToCore = LoadProgress | WorkerReady | ModelRunnerOutput | CallResult | WorkerError
 
 
 def schema_hash() -> str:
-    """Digest of every wire's schema; two processes with different digests must not talk."""
-    digest = hashlib.sha256()
-    for wire in (FrontendToCore, CoreToFrontend, CoreToWorker, WorkerToCore):
-        digest.update(msgspec.json.encode(msgspec.json.schema(wire), order="sorted"))
-    return digest.hexdigest()[:16]
+    """Digest of every wire's fields in order; processes with different digests must not talk."""
+    wires = (FrontendToCore, CoreToFrontend, CoreToWorker, WorkerToCore)
+    description = repr(msgspec.inspect.multi_type_info(wires))
+    return hashlib.sha256(description.encode()).hexdigest()[:16]
 
 
 def _refuse_extension(code: int, _data: memoryview) -> object:
