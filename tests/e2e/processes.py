@@ -1,0 +1,92 @@
+"""What a process tree holds and leaves behind: processes, sockets, shared memory, modules."""
+
+import os
+import signal
+import textwrap
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tests.fuzz.fuzz_frames import listening_paths
+
+GONE_LIMIT_S = 10.0
+
+
+@dataclass(frozen=True)
+class Traces:
+    """What an engine can leave behind on a machine."""
+
+    pids: frozenset[int]
+    sockets: frozenset[str]
+    shared_memory: frozenset[str]
+
+    @staticmethod
+    def now() -> "Traces":
+        """Processes of this project, listening unix sockets and shared memory files."""
+        return Traces(
+            pids=frozenset(engine_pids()),
+            sockets=frozenset(listening_paths()),
+            shared_memory=frozenset(os.listdir("/dev/shm")),
+        )
+
+
+def engine_pids() -> list[int]:
+    """Processes that run one of the three process packages."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        line = process.info["cmdline"] or []
+        if process.info["status"] != psutil.STATUS_ZOMBIE and any(
+            line[i : i + 1] == ["-m"] and line[i + 1] in ("frontend", "engine_core", "executor")
+            for i in range(len(line) - 1)
+        ):
+            found.append(process.pid)
+    return found
+
+
+def assert_nothing_left(before: Traces) -> None:
+    """Everything that came since ``before`` is gone within seconds."""
+    limit = time.monotonic() + GONE_LIMIT_S
+    while True:
+        now = Traces.now()
+        left = (
+            now.pids - before.pids,
+            now.sockets - before.sockets,
+            now.shared_memory - before.shared_memory,
+        )
+        if not any(left):
+            return
+        assert time.monotonic() < limit, f"left behind: {left}"
+        time.sleep(0.05)
+
+
+def modules_spy(directory: Path) -> dict[str, str]:
+    """Environment that makes every Python process write its ``sys.modules`` on SIGUSR1."""
+    (directory / "sitecustomize.py").write_text(
+        textwrap.dedent(
+            f"""
+            import os, signal, sys
+
+            def write(*_):
+                path = {str(directory)!r} + "/" + str(os.getpid())
+                with open(path + ".part", "w") as file:
+                    file.write("\\n".join(sys.modules))
+                os.rename(path + ".part", path)
+
+            signal.signal(signal.SIGUSR1, write)
+            """
+        )
+    )
+    path = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": str(directory) + (os.pathsep + path if path else "")}
+
+
+def modules_of(pid: int, directory: Path) -> set[str]:
+    """Names in ``sys.modules`` of a live process started with ``modules_spy``'s environment."""
+    os.kill(pid, signal.SIGUSR1)
+    limit = time.monotonic() + GONE_LIMIT_S
+    while not (directory / str(pid)).exists():
+        assert time.monotonic() < limit, f"process {pid} did not answer"
+        time.sleep(0.02)
+    return set((directory / str(pid)).read_text().split("\n"))
