@@ -56,6 +56,35 @@ def apply_rotary(
     return run(q, k, cos, sin, positions, interleaved)
 
 
+def rotate_heads(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn all heads of ``x`` by rows that the caller gathered, once for all layers of a step.
+
+    Two calls instead of eight, for a CPU, where a call costs more than a decode step's arithmetic;
+    correct on every device. ``apply_rotary`` is the definition; the pairs are (j, j + R/2).
+
+    Args:
+        x: [T, N, D], any strides.
+        cos, sin: [T, 1, R] float32, R <= D: the rows of the tables from ``widen_tables``.
+    """
+    rotary_dim = cos.shape[-1]
+    if x.ndim != 3 or cos.shape != (x.shape[0], 1, rotary_dim) or cos.shape != sin.shape:
+        raise ValueError(f"x must be [T, N, D], cos and sin [T, 1, R]: {x.shape}, {cos.shape}")
+    part = x if rotary_dim == x.shape[2] else x[..., :rotary_dim]
+    if x.dtype != torch.float32:
+        part = part.float()
+    turned = (part * cos).addcmul_(part.roll(rotary_dim // 2, -1), sin)
+    if x.dtype != torch.float32:
+        turned = turned.to(x.dtype)
+    if rotary_dim == x.shape[2]:
+        return turned
+    return torch.cat((turned, x[..., rotary_dim:]), dim=-1)
+
+
+def widen_tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Tables [P, R/2] as ``rotate_heads`` wants them: [P, 1, R], the sign of each half included."""
+    return torch.cat((cos, cos), -1).unsqueeze(1), torch.cat((-sin, sin), -1).unsqueeze(1)
+
+
 def apply_rotary_reference(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool
 ) -> tuple[Tensor, Tensor]:
