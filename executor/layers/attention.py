@@ -1,0 +1,134 @@
+"""Grouped-query self-attention over the paged KV cache, heads split across ranks.
+
+Shapes: T tokens in the step (all requests packed, no padding between them), H hidden size,
+N query heads and K key/value heads *on this rank*, D head size.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from executor.attention_metadata import AttentionMetadata, KVCacheSpec, LayerKVCache
+from executor.layers.layernorm import RMSNorm
+from executor.layers.linear import LayerFactory, QKVParallelLinear, RowParallelLinear
+from executor.layers.rotary import RotaryStep
+from executor.model_config import ModelShape
+from kernels.paged_attention import paged_attention
+from kernels.store_kv_cache import store_kv_cache
+
+
+class PagedAttention(nn.Module):
+    """Store this step's keys and values, then attend to each request's own past."""
+
+    def __init__(
+        self,
+        *,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        scale: float,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.scale = scale
+        self.sliding_window = sliding_window
+        self.soft_cap = soft_cap
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, kv_cache: LayerKVCache, meta: AttentionMetadata
+    ) -> Tensor:
+        """``q`` [T, N, D], ``k`` and ``v`` [T, K, D] -> [T, N * D].
+
+        Args:
+            kv_cache: this layer's blocks, written in place at ``meta.slot_mapping``.
+        """
+        store_kv_cache(k, v, kv_cache.key, kv_cache.value, meta.slot_mapping)
+        out = paged_attention(
+            q,
+            kv_cache.key,
+            kv_cache.value,
+            block_table=meta.block_table,
+            query_start_loc=meta.query_start_loc,
+            seq_lens=meta.seq_lens,
+            max_query_len=meta.max_query_len,
+            max_seq_len=meta.max_seq_len,
+            scale=self.scale,
+            sliding_window=self.sliding_window,
+            soft_cap=self.soft_cap,
+        )
+        return out.flatten(1)
+
+    @property
+    def kv_cache_spec(self) -> KVCacheSpec:
+        """What this layer keeps per token."""
+        return KVCacheSpec(self.num_kv_heads, self.head_dim)
+
+
+class Attention(nn.Module):
+    """One attention layer. Communicates once: the all-reduce inside ``o_proj``."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        layer: int,
+        factory: LayerFactory,
+        *,
+        qkv_bias: bool = False,
+        output_bias: bool = False,
+        qk_norm: bool = False,
+        norm_weight_offset: float = 0.0,
+        scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        tp, head_dim = factory.tp, shape.head_dim
+        num_heads, num_kv_heads = tp.split(shape.num_heads), tp.split_kv_heads(shape.num_kv_heads)
+        self.head_dim = head_dim
+        self.qkv_proj = QKVParallelLinear(
+            shape.hidden_size, shape.num_heads, shape.num_kv_heads, head_dim, factory, bias=qkv_bias
+        )
+        self.o_proj = RowParallelLinear(
+            shape.num_heads * head_dim, shape.hidden_size, factory, bias=output_bias
+        )
+        self.q_norm = self.k_norm = None
+        if qk_norm:
+            self.q_norm = RMSNorm(
+                head_dim, shape.norm_eps, factory, weight_offset=norm_weight_offset
+            )
+            self.k_norm = RMSNorm(
+                head_dim, shape.norm_eps, factory, weight_offset=norm_weight_offset
+            )
+        self.attend = PagedAttention(
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            scale=shape.attention_scale if scale is None else scale,
+            sliding_window=shape.sliding_windows[layer],
+            soft_cap=shape.attention_soft_cap,
+        )
+
+    def forward(
+        self,
+        hidden: Tensor,
+        rotary: RotaryStep | None,
+        kv_cache: LayerKVCache,
+        meta: AttentionMetadata,
+    ) -> Tensor:
+        """[T, H] -> [T, H], already summed over the tensor-parallel group.
+
+        Args:
+            rotary: None where positions are learned, and already added to ``hidden``.
+        """
+        qkv = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))  # [T, N + 2K, D]
+        num_heads, num_kv_heads = self.attend.num_heads, self.attend.num_kv_heads
+        qk, v = qkv.split((num_heads + num_kv_heads, num_kv_heads), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(qk[:, :num_heads]), self.k_norm(qk[:, num_heads:])
+            qk = torch.cat((q, k), dim=1)
+        if rotary is None:
+            q, k = qk[:, :num_heads], qk[:, num_heads:]
+        else:
+            q, k = rotary.rotate(qk, num_heads)
+        return self.o_proj(self.attend(q, k, v, kv_cache, meta))

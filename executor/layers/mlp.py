@@ -1,0 +1,88 @@
+"""Feed-forward layers: gated (gate and up in one product) and plain.
+
+Shapes: T packed tokens, H hidden size, I intermediate size on this rank.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from executor.layers.linear import ColumnParallelLinear, LayerFactory, RowParallelLinear
+from ipc.errors import ConfigError
+from kernels.activation import gelu_and_mul, silu_and_mul
+
+_GATED: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": silu_and_mul,
+    "swish": silu_and_mul,
+    "gelu": lambda x: gelu_and_mul(x, tanh=False),
+    "gelu_new": lambda x: gelu_and_mul(x, tanh=True),
+    "gelu_fast": lambda x: gelu_and_mul(x, tanh=True),
+    "gelu_pytorch_tanh": lambda x: gelu_and_mul(x, tanh=True),
+}
+_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_fast": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "swish": F.silu,
+}
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x))."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: str,
+        factory: LayerFactory,
+        *,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.gate_up_proj = ColumnParallelLinear(
+            hidden_size, [intermediate_size, intermediate_size], factory, bias=bias
+        )
+        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, factory, bias=bias)
+        self.act = _pick(_GATED, activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, H] -> [T, H], summed over the group."""
+        return self.down_proj(self.act(self.gate_up_proj(x)))
+
+
+class MLP(nn.Module):
+    """down(act(up(x))), with biases as the older models have them."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        activation: str,
+        factory: LayerFactory,
+        *,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.up_proj = ColumnParallelLinear(hidden_size, intermediate_size, factory, bias=bias)
+        self.down_proj = RowParallelLinear(intermediate_size, hidden_size, factory, bias=bias)
+        self.act = _pick(_PLAIN, activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, H] -> [T, H], summed over the group."""
+        return self.down_proj(self.act(self.up_proj(x)))
+
+
+def _pick(
+    table: dict[str, Callable[[Tensor], Tensor]], activation: str
+) -> Callable[[Tensor], Tensor]:
+    if activation not in table:
+        raise ConfigError(
+            f"the activation {activation!r} of config.json is not known; "
+            f"known are {', '.join(table)}"
+        )
+    return table[activation]
