@@ -276,6 +276,7 @@ class EngineOutput(Part, frozen=True):
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache; on the first output
     first_scheduled_time_s: float | None = None  # time.time(); on the first output
     error: str | None = None  # set exactly when finish_reason is ERROR
+    error_kind: str = "EngineGenerateError"  # class of ipc.errors to raise for ``error``
 
 
 class LogitsRow(Part, frozen=True):
