@@ -377,7 +377,7 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     # Request b owns the tiles from query_start_loc[b] // TILE_QUERIES + b on: never fewer than
     # it needs, and known without a look at the other requests. Find the last b that starts here
     # or before.
-    b = 0
+    b = tile * 0
     after = num_requests
     while after - b > 1:
         middle = (b + after) // 2
