@@ -1,0 +1,213 @@
+"""POST /v1/chat/completions: messages in, an answer of the response role out."""
+
+import time
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from frontend.chat_template import flatten_messages, render
+from frontend.openai.errors import json_response
+from frontend.openai.generation import (
+    Job,
+    UsageCounter,
+    asks_continuous_usage,
+    asks_final_usage,
+    check_stream_options,
+    consume,
+    final_output,
+    make_jobs,
+    read_body,
+)
+from frontend.openai.logprobs import chat_logprobs, prompt_logprobs_body
+from frontend.openai.protocol import (
+    ChatCompletionRequest,
+    TokenizeRequest,
+    refuse_unserved,
+    sampling_params,
+    streams_deltas,
+)
+from frontend.openai.sse import (
+    ChunkFormat,
+    EventStream,
+    Write,
+    cancelled_by_disconnect,
+    event,
+    role_chunk,
+    stream_head,
+    usage_chunk,
+)
+from frontend.openai.state import ServerState
+from frontend.outputs import CompletionOutput, RequestOutput
+from frontend.untrusted_template import render_untrusted
+from ipc.errors import RequestError
+
+
+async def create_chat_completion(state: ServerState, request: Request) -> Response:
+    """Serve one request."""
+    state.check_admission()
+    body = await read_body(request, ChatCompletionRequest, state)
+    state.check_model(body.model)
+    answer = await make_answer(state, request, body)
+    if streams_deltas(body):
+        return EventStream(answer.stream)
+    if body.stream:
+        return EventStream(answer.stream_whole)
+    async with cancelled_by_disconnect(request.receive):
+        result = await answer.whole()
+    return json_response(result)
+
+
+async def make_answer(
+    state: ServerState, request: Request, body: ChatCompletionRequest
+) -> "ChatAnswer":
+    """Check everything that can be checked before the engine sees the request."""
+    refuse_unserved(body)
+    check_stream_options(body)
+    max_tokens = (
+        body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    )
+    params = sampling_params(body, state.chat_defaults, max_tokens)
+    prompt = await chat_prompt(state, body)
+    (job,) = make_jobs(request, state, body, [prompt], params)
+    return ChatAnswer(state, body, job)
+
+
+async def chat_prompt(state: ServerState, body: ChatCompletionRequest | TokenizeRequest) -> str:
+    """The prompt that the chat template makes of the messages.
+
+    Raises:
+        RequestError: there is no template, or it refuses the messages.
+    """
+    template = body.chat_template or state.chat_template
+    if template is None:
+        raise RequestError(
+            "this model has no chat template; start the server with --chat-template",
+            param="messages",
+        )
+    tokenizer = state.need_tokenizer()
+    names = ("add_generation_prompt", "continue_final_message", "tools", "documents")
+    options: dict[str, Any] = {name: getattr(body, name, None) for name in names}
+    options["add_generation_prompt"] = options["add_generation_prompt"] is not False
+    options["continue_final_message"] = bool(options["continue_final_message"])
+    options |= {"special_tokens": dict(tokenizer.special_tokens_map)}
+    kwargs = body.chat_template_kwargs or {}
+    if clash := sorted(set(kwargs) & set(options)):
+        raise RequestError(
+            f"chat_template_kwargs may not set {clash[0]!r}", param="chat_template_kwargs"
+        )
+    if body.chat_template is None:
+        return render(template, body.messages or [], **options, **kwargs)
+    if not state.options.trust_request_chat_template:
+        raise RequestError(
+            "chat_template in a request is off; --trust-request-chat-template turns it on",
+            param="chat_template",
+        )
+    async with state.template_slots:
+        return await render_untrusted(template, body.messages or [], options | kwargs)
+
+
+class ChatAnswer:
+    """One chat answer in the making, whole or as a stream."""
+
+    def __init__(self, state: ServerState, body: ChatCompletionRequest, job: Job) -> None:
+        self._state = state
+        self._body = body
+        self._job = job
+        self._id = f"chatcmpl-{job.req_id[:32]}"
+        self._created = int(time.time())
+        self._usage = UsageCounter(1)
+        last = flatten_messages(body.messages[-1:])[0]
+        asks_role = body.add_generation_prompt is not False
+        self._role = state.options.response_role if asks_role else last["role"]
+        # With echo, an answer of the last message's own role begins with that message.
+        is_same = bool(body.echo) and last["role"] == self._role
+        self._echo: str = last["content"] if is_same else ""
+
+    async def whole(self) -> dict[str, Any]:
+        """The answer as one object."""
+        output = await final_output(self._state, self._job)
+        self._usage.take(0, output)
+        answer: dict[str, Any] = {
+            "id": self._id,
+            "object": "chat.completion",
+            "created": self._created,
+            "model": self._state.model_name,
+            "choices": [self._choice(sequence) for sequence in output.outputs],
+            "usage": self._usage.body(),
+        }
+        if self._body.prompt_logprobs is not None:
+            answer["prompt_logprobs"] = prompt_logprobs_body(output.prompt_logprobs or [])
+        if self._body.return_token_ids:
+            answer["prompt_token_ids"] = output.prompt_token_ids
+        return answer
+
+    async def stream_whole(self, write: Write) -> None:
+        """The whole answer as one event: nobody knows before the end which sequences win."""
+        await write(event(await self.whole()))
+
+    async def stream(self, write: Write) -> None:
+        """The answer as deltas; a role chunk per choice comes first."""
+        body = self._body
+        head = stream_head(self._id, "chat.completion.chunk", self._created, self._state.model_name)
+        usage_null = asks_final_usage(body)
+        indexes = range(body.n or 1)
+        formats = [ChunkFormat(head, i, is_chat=True, usage_null=usage_null) for i in indexes]
+        opening = b"".join(role_chunk(head, i, self._role, usage_null=usage_null) for i in indexes)
+        if self._echo:
+            opening += b"".join(chunks.text_chunk(self._echo) for chunks in formats)
+        is_plain = not (body.logprobs or body.return_token_ids or asks_continuous_usage(body))
+
+        async def take(output: RequestOutput) -> None:
+            nonlocal opening
+            if opening:
+                await write(opening)
+                opening = b""
+            self._usage.take(0, output)
+            for sequence in output.outputs:
+                chunks = formats[sequence.index]
+                if not is_plain or sequence.finish_reason is not None:
+                    await write(self._rich_chunk(chunks, output, sequence))
+                elif sequence.text:
+                    await write(chunks.text_chunk(sequence.text))
+
+        await consume(self._state, self._job, take)
+        if usage_null:
+            await write(usage_chunk(head, self._usage.body()))
+
+    def _rich_chunk(
+        self, chunks: ChunkFormat, output: RequestOutput, sequence: CompletionOutput
+    ) -> bytes:
+        extra: dict[str, Any] = {}
+        if self._body.return_token_ids:
+            extra["token_ids"] = sequence.token_ids
+        return chunks.chunk(
+            sequence.text,
+            logprobs=self._logprobs(sequence),
+            finish_reason=sequence.finish_reason,
+            stop_reason=sequence.stop_reason,
+            usage=self._usage.body() if asks_continuous_usage(self._body) else None,
+            extra=extra,
+        )
+
+    def _choice(self, sequence: CompletionOutput) -> dict[str, Any]:
+        choice: dict[str, Any] = {
+            "index": sequence.index,
+            "message": {"role": self._role, "content": self._echo + sequence.text},
+            "logprobs": self._logprobs(sequence),
+            "finish_reason": sequence.finish_reason,
+            "stop_reason": sequence.stop_reason,
+        }
+        if self._body.return_token_ids:
+            choice["token_ids"] = sequence.token_ids
+        return choice
+
+    def _logprobs(self, sequence: CompletionOutput) -> dict[str, Any] | None:
+        if not self._body.logprobs or sequence.logprobs is None:
+            return None
+        return chat_logprobs(
+            sequence.token_ids,
+            sequence.logprobs,
+            self._body.top_logprobs or 0,
+            as_ids=bool(self._body.return_tokens_as_token_ids),
+        )

@@ -1,0 +1,228 @@
+"""From a checked body to the engine's streams, and back to usage: what both APIs share."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+
+from frontend.openai.errors import (
+    BodyTimeoutError,
+    ClientGoneError,
+    MediaTypeError,
+    TooLargeError,
+)
+from frontend.openai.protocol import Body, Prompt, Tuning, check_plain, decode_body
+from frontend.openai.sse import first_error
+from frontend.openai.state import ServerState
+from frontend.outputs import RequestOutput
+from ipc.errors import EngineGenerateError, RequestError
+from ipc.sampling_params import SamplingParams
+
+MAX_BODY_BYTES = 32 << 20
+BODY_TIMEOUT_S = 60.0
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One prompt on its way to the engine. ``req_id`` is ours alone: clients cannot choose it."""
+
+    req_id: str
+    prompt: Prompt
+    params: SamplingParams
+    priority: int
+    cache_salt: str | None
+    add_special_tokens: bool
+
+
+async def read_body(request: Request, kind: type[Body], state: ServerState) -> Body:
+    """Read, decode and check a body; ignored fields are noted for the response's header.
+
+    Raises:
+        RequestError: too large, too slow, not JSON, or not of this form.
+    """
+    content_type = request.headers.get("content-type", "application/json")
+    if content_type.split(";", 1)[0].strip().lower() not in ("application/json", "text/json"):
+        raise MediaTypeError(f"send the body as application/json, not as {content_type[:100]!r}")
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            data = await _read_bounded(request)
+    except TimeoutError as err:
+        raise BodyTimeoutError(f"the body took longer than {BODY_TIMEOUT_S:.0f} s") from err
+    body, ignored = decode_body(data, kind)
+    if ignored and state.options.strict_fields:
+        raise RequestError(f"unknown field {ignored[0][:100]!r}", param=ignored[0][:100])
+    if ignored:
+        request.state.ignored_fields = ignored
+    return body
+
+
+async def _read_bounded(request: Request) -> bytes:
+    declared = request.headers.get("content-length", "0")
+    size = int(declared) if declared.isdigit() else 0
+    chunks: list[bytes] = []
+    received = 0
+    while True:
+        if max(size, received) > MAX_BODY_BYTES:
+            raise TooLargeError(f"the body is above {MAX_BODY_BYTES} bytes")
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientGoneError("the client left while sending its body")
+        chunks.append(message.get("body", b""))
+        received += len(chunks[-1])
+        if not message.get("more_body", False):
+            return b"".join(chunks)
+
+
+def make_jobs(
+    request: Request,
+    state: ServerState,
+    body: Tuning,
+    prompts: list[Prompt],
+    params: SamplingParams,
+) -> list[Job]:
+    """One job per prompt, with ids that nobody can guess.
+
+    With several API keys, prefixes are shared among the requests of one key only, so that response
+    times tell nobody what others asked.
+    """
+    check_plain("request_id", body.request_id)
+    check_plain("cache_salt", body.cache_salt)
+    check_plain("user", body.user)
+    if body.request_id is not None:
+        request.state.request_id = body.request_id  # echoed in a header, used for nothing else
+    tenant = getattr(request.state, "tenant", None)
+    salts = [salt for salt in (tenant, body.cache_salt) if salt is not None]
+    group = secrets.token_hex(16)
+    add_special_tokens = getattr(body, "add_special_tokens", True)
+    return [
+        Job(
+            req_id=f"{group}-{i}",
+            prompt=prompt,
+            params=params,
+            priority=body.priority or 0,
+            cache_salt=":".join(salts) or None,
+            add_special_tokens=True if add_special_tokens is None else add_special_tokens,
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def start(state: ServerState, job: Job) -> AsyncGenerator[RequestOutput, None]:
+    """The engine's stream for a job. Nothing happens before the first ``__anext__``."""
+    options: dict[str, Any] = {}
+    if isinstance(job.prompt, str):
+        inputs: dict[str, Any] = {"prompt": job.prompt}
+        if not job.add_special_tokens:
+            options["tokenization_kwargs"] = {"add_special_tokens": False}
+    else:
+        inputs = {"prompt_token_ids": job.prompt}
+    return state.engine.generate(
+        inputs,
+        job.params,
+        job.req_id,
+        priority=job.priority,
+        cache_salt=job.cache_salt,
+        **options,
+    )
+
+
+async def consume(
+    state: ServerState, job: Job, take: Callable[[RequestOutput], Awaitable[None]]
+) -> None:
+    """Give every output of a job to ``take``. Leaving early, for any reason, aborts it."""
+    state.open_req_ids.add(job.req_id)
+    try:
+        async with aclosing(start(state, job)) as outputs:
+            async for output in outputs:
+                if output.error is not None:
+                    raise EngineGenerateError(output.error)
+                await take(output)
+    finally:
+        state.open_req_ids.discard(job.req_id)
+
+
+async def run_all(work: Sequence[Awaitable[T]]) -> list[T]:
+    """Await all at once; the first failure cancels the rest and is raised as itself."""
+    if len(work) == 1:
+        return [await work[0]]
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(_as_coroutine(item)) for item in work]
+    except BaseExceptionGroup as group:
+        raise first_error(group) from None
+    return [task.result() for task in running]
+
+
+async def final_output(state: ServerState, job: Job) -> RequestOutput:
+    """The last output of a job, which with FINAL_ONLY is the only one."""
+    last: list[RequestOutput] = []
+
+    async def keep(output: RequestOutput) -> None:
+        last[:] = [output]
+
+    await consume(state, job, keep)
+    if not last:
+        raise EngineGenerateError("the engine ended the request without an answer")
+    return last[0]
+
+
+class UsageCounter:
+    """Tokens of one response, over all its prompts."""
+
+    __slots__ = ("_cached", "_completion", "_prompts")
+
+    def __init__(self, num_prompts: int) -> None:
+        self._prompts = [0] * num_prompts
+        self._cached: list[int | None] = [None] * num_prompts
+        self._completion = 0
+
+    def take(self, number: int, output: RequestOutput) -> None:
+        """Count an output (or a delta) of prompt ``number``."""
+        self._prompts[number] = len(output.prompt_token_ids)
+        if output.num_cached_tokens is not None:
+            self._cached[number] = output.num_cached_tokens
+        for sequence in output.outputs:
+            self._completion += len(sequence.token_ids)
+
+    def drop_completion(self) -> None:
+        """Forget generated tokens: the client asked for none."""
+        self._completion = 0
+
+    def body(self) -> dict[str, Any]:
+        """The ``usage`` object."""
+        prompt = sum(self._prompts)
+        known = [count for count in self._cached if count is not None]
+        return {
+            "prompt_tokens": prompt,
+            "total_tokens": prompt + self._completion,
+            "completion_tokens": self._completion,
+            "prompt_tokens_details": {"cached_tokens": sum(known)} if known else None,
+        }
+
+
+def asks_continuous_usage(body: Tuning) -> bool:
+    """Whether every chunk carries the usage so far."""
+    return bool(body.stream_options and body.stream_options.continuous_usage_stats)
+
+
+def asks_final_usage(body: Tuning) -> bool:
+    """Whether a chunk without choices at the end carries the usage."""
+    return bool(body.stream_options and body.stream_options.include_usage)
+
+
+def check_stream_options(body: Tuning) -> None:
+    """Refuse stream options without a stream, and streams of what comes only whole."""
+    if body.stream_options is not None and not body.stream:
+        raise RequestError("stream_options needs stream to be true", param="stream_options")
+    if body.stream and body.prompt_logprobs is not None:
+        raise RequestError("prompt_logprobs is not available in a stream", param="prompt_logprobs")
+
+
+async def _as_coroutine(work: Awaitable[T]) -> T:
+    return await work

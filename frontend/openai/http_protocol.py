@@ -1,0 +1,107 @@
+"""One HTTP connection: uvicorn's httptools protocol, with limits on what a client may hold open.
+
+A client that sends its head too slowly, sends too large a head, or stops reading its answer is cut
+off. The application sees a cut as an ordinary disconnect, so the engine's work ends with it.
+"""
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+MAX_HEAD_BYTES = 32 << 10
+HEAD_TIMEOUT_S = 30.0
+STALLED_WRITE_TIMEOUT_S = 30.0
+
+
+class BoundedHttpProtocol(HttpToolsProtocol):
+    """uvicorn's protocol; cuts off slow heads, large heads and stalled readers."""
+
+    head_bytes = 0
+    head_timer: asyncio.TimerHandle | None = None
+    stall_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the clock of the first head."""
+        super().connection_made(transport)
+        self.head_timer = self.loop.call_later(HEAD_TIMEOUT_S, transport.abort)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the clocks."""
+        self._stop_timers()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Count the bytes of an unfinished head, then let the parser see them."""
+        if self.head_bytes >= 0:
+            self.head_bytes += len(data)
+            # A chunk may end one head and bring a body: only what is left of a head counts,
+            # and 64 KiB is what one read brings at most.
+            if self.head_bytes > MAX_HEAD_BYTES + (64 << 10):
+                self._refuse_head()
+                return
+        super().data_received(data)
+
+    def on_message_begin(self) -> None:
+        """A head begins."""
+        self.head_bytes = max(self.head_bytes, 0)
+        if self.head_timer is None and self.transport is not None:
+            self.head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.abort)
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """A head ended; -1 marks that body bytes follow, which are not counted here."""
+        self.head_bytes = -1
+        if self.head_timer is not None:
+            self.head_timer.cancel()
+            self.head_timer = None
+        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
+        if size > MAX_HEAD_BYTES:
+            self._refuse_head()
+            return
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        """The next bytes are a head again."""
+        self.head_bytes = 0
+        if self.cycle is not None:
+            super().on_message_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Body bytes; none when the head was refused."""
+        if self.cycle is not None:
+            super().on_body(body)
+
+    def pause_writing(self) -> None:
+        """The client does not take what was written: give it a while."""
+        self.flow.pause_writing()
+        if self.stall_timer is None:
+            self.stall_timer = self.loop.call_later(STALLED_WRITE_TIMEOUT_S, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The client reads again."""
+        if self.stall_timer is not None:
+            self.stall_timer.cancel()
+            self.stall_timer = None
+        self.flow.resume_writing()
+
+    def _stop_timers(self) -> None:
+        for timer in (self.head_timer, self.stall_timer):
+            if timer is not None:
+                timer.cancel()
+        self.head_timer = self.stall_timer = None
+
+    def _refuse_head(self) -> None:
+        if self.transport.is_closing():
+            return
+        self.transport.write(
+            b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
+            b"content-length: 0\r\nconnection: close\r\n\r\n"
+        )
+        self._stop_timers()
+        self.transport.close()
+
+
+def protocol_options() -> dict[str, Any]:
+    """What uvicorn's Config needs to use this protocol."""
+    return {"http": BoundedHttpProtocol}

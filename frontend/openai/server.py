@@ -1,0 +1,257 @@
+"""The server process: socket, engine, signals, exit codes.
+
+Exit codes: 0 a clean stop, 2 a configuration that cannot work, 3 a start that failed, 4 or 5 a
+dead engine core or worker that was given up.
+"""
+
+import asyncio
+import gc
+import logging
+import os
+import signal
+import socket
+import ssl
+import time
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+
+from frontend.openai.api_server import CorsOptions, build_app
+from frontend.openai.http_protocol import BoundedHttpProtocol
+from frontend.openai.state import ServerOptions, ServerState, make_state
+from ipc.errors import ConfigError, EngineError, EngineStartError
+
+if TYPE_CHECKING:
+    from frontend.async_llm import AsyncLLM
+
+logger = logging.getLogger(__name__)
+
+EXIT_CONFIG, EXIT_START, EXIT_CORE_DIED = 2, 3, 4
+BACKLOG = 2048
+GRACE_AFTER_DRAIN_S = 5.0
+GRACE_AFTER_DEATH_S = 1.0  # open requests still get their error
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListenOptions:
+    """Where and how the server listens; each field is a flag of the same name."""
+
+    host: str | None = None  # None: all interfaces
+    port: int = 8000
+    uds: str | None = None
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None
+    ssl_ca_certs: str | None = None
+    ssl_cert_reqs: int = int(ssl.CERT_NONE)
+    uvicorn_log_level: str = "info"
+    access_log: bool = True
+    shutdown_timeout: float = 30.0
+    cors: CorsOptions = field(default_factory=CorsOptions)
+    middleware: tuple[str, ...] = ()
+
+
+def bind(options: ListenOptions) -> socket.socket:
+    """The listening socket, taken before the model loads so that a clash is known at once.
+
+    Raises:
+        EngineStartError: the address is taken, or cannot be listened on.
+    """
+    where = options.uds or f"{options.host or '*'}:{options.port}"
+    try:
+        if options.uds is not None:
+            return _bind_unix(options.uds)
+        return _bind_tcp(options.host, options.port)
+    except (OSError, OverflowError) as err:
+        raise EngineStartError(f"cannot listen on {where}: {err}") from err
+
+
+def _bind_tcp(host: str | None, port: int) -> socket.socket:
+    if host is None:
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(
+                ("", port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True
+            )
+        return socket.create_server(("", port), backlog=BACKLOG)
+    family, _, _, _, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )[0]
+    return socket.create_server(address[:2], family=family, backlog=BACKLOG)
+
+
+def _bind_unix(path: str) -> socket.socket:
+    """Listen on a path. A socket that nobody listens on is a leftover, and is replaced."""
+    if os.path.exists(path):
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(path)
+            except ConnectionRefusedError:
+                os.unlink(path)
+            else:
+                raise OSError("somebody listens there already")
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        listener.bind(path)
+        os.chmod(path, 0o600)
+        listener.listen(BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn's server, with an orderly end.
+
+    The first signal drains: nothing new is admitted, open requests finish. When the time is up,
+    what is left is aborted, and its streams end with that reason. A second signal ends at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, state: ServerState, shutdown_timeout: float) -> None:
+        super().__init__(config)
+        self.exit_code = 0
+        self._state = state
+        self._shutdown_timeout = shutdown_timeout
+        self._drain_until: float | None = None
+        self._dead_since: float | None = None
+        self._has_aborted = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called by the interpreter at SIGINT and SIGTERM."""
+        if self._state.is_draining:
+            self.should_exit = self.force_exit = True
+            return
+        self._state.is_draining = True
+        self._drain_until = time.monotonic() + self._shutdown_timeout
+        # Whatever hangs: the kernel ends this process a little after the limit.
+        signal.alarm(int(self._shutdown_timeout + 2 * GRACE_AFTER_DRAIN_S) + 1)
+        logger.info("stopping: %d requests are open", self._state.num_open)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: whether to stop."""
+        if self._drain_until is not None and not self.should_exit:
+            await self._drain(self._drain_until)
+        elif self._state.engine.errored:
+            self._leave_dead_engine()
+        return await super().on_tick(counter)
+
+    async def _drain(self, until: float) -> None:
+        now = time.monotonic()
+        if self._state.num_open == 0 or now > until + GRACE_AFTER_DRAIN_S:
+            self.should_exit = True
+        elif now > until and not self._has_aborted:
+            self._has_aborted = True
+            logger.warning("aborting %d requests: the time is up", len(self._state.open_req_ids))
+            await self._state.engine.abort(list(self._state.open_req_ids))
+
+    def _leave_dead_engine(self) -> None:
+        now = time.monotonic()
+        if self._dead_since is None:
+            self._dead_since = now
+            error = self._state.engine.dead_error
+            self.exit_code = getattr(error, "exit_code", None) or EXIT_CORE_DIED
+            logger.error("the engine is dead: %s", error)
+        elif now > self._dead_since + GRACE_AFTER_DEATH_S:
+            self.should_exit = True
+
+
+async def serve(
+    engine: "AsyncLLM", listener: socket.socket, options: ServerOptions, listen: ListenOptions
+) -> int:
+    """Wait for the engine, serve until a signal or the engine's death; the exit code."""
+    is_clean = False
+    try:
+        if not await _ready_or_signal(engine):
+            return 0
+        state = make_state(engine, options, created=int(time.time()))
+        app = build_app(state, listen.cors, listen.middleware)
+        server = HttpServer(uvicorn_config(app, listen), state, listen.shutdown_timeout)
+        gc.collect()
+        gc.freeze()
+        logger.info("serving %s on %s", state.model_name, _where(listener))
+        await server.serve(sockets=[listener])
+        is_clean = not server.force_exit
+        return server.exit_code
+    finally:
+        engine.shutdown(timeout=GRACE_AFTER_DRAIN_S if is_clean else 1.0)
+
+
+async def _ready_or_signal(engine: "AsyncLLM") -> bool:
+    """True when the engine is ready; False when a signal to stop came first."""
+    loop = asyncio.get_running_loop()
+    waiting = asyncio.ensure_future(engine.wait_until_ready())
+    signals = (signal.SIGINT, signal.SIGTERM)
+    for number in signals:
+        loop.add_signal_handler(number, waiting.cancel)
+    try:
+        await asyncio.wait([waiting])
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)
+    if waiting.cancelled():
+        return False
+    waiting.result()
+    return True
+
+
+def uvicorn_config(app: Any, listen: ListenOptions) -> uvicorn.Config:
+    """uvicorn's configuration.
+
+    Raises:
+        ConfigError: certificates that cannot be used.
+    """
+    config = uvicorn.Config(
+        app,
+        http=BoundedHttpProtocol,
+        ws="none",
+        loop="auto",
+        log_level=listen.uvicorn_log_level,
+        access_log=listen.access_log,
+        ssl_keyfile=listen.ssl_keyfile,
+        ssl_certfile=listen.ssl_certfile,
+        ssl_ca_certs=listen.ssl_ca_certs,
+        ssl_cert_reqs=listen.ssl_cert_reqs,
+        backlog=BACKLOG,
+        timeout_keep_alive=30,
+        timeout_graceful_shutdown=int(GRACE_AFTER_DRAIN_S),
+        server_header=False,
+    )
+    try:
+        config.load()
+    except (OSError, ssl.SSLError, ValueError) as err:
+        raise ConfigError(f"--ssl-keyfile, --ssl-certfile or --ssl-ca-certs: {err}") from err
+    return config
+
+
+def run(make_engine: Any, options: ServerOptions, listen: ListenOptions) -> int:
+    """Bind, start the engine, serve; the exit code. ``make_engine`` is called in the event loop."""
+    try:
+        listener = bind(listen)
+    except EngineError as err:
+        logger.error("%s", err)
+        return EXIT_START
+
+    async def start_and_serve() -> int:
+        return await serve(make_engine(), listener, options, listen)
+
+    try:
+        with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            return runner.run(start_and_serve())
+    finally:
+        listener.close()
+        if listen.uds is not None and os.path.exists(listen.uds):
+            os.unlink(listen.uds)
+
+
+def _loop_factory() -> Any:
+    try:
+        import uvloop
+    except ImportError:  # not on every platform
+        return None
+    return uvloop.new_event_loop
+
+
+def _where(listener: socket.socket) -> str:
+    name = listener.getsockname()
+    return name if isinstance(name, str) else f"port {name[1]}"

@@ -1,0 +1,183 @@
+"""Server-sent events for token streams: bytes in, bytes out, nothing built twice.
+
+Everything of a chunk that a stream's chunks have in common is encoded once; per token only its
+text is. The response head leaves with the first event, so an error before it still gets a status.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import msgspec
+from starlette.background import BackgroundTask
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from frontend.openai.errors import ClientGoneError, error_body
+
+logger = logging.getLogger(__name__)
+
+DONE = b"data: [DONE]\n\n"
+Write = Callable[[bytes], Awaitable[None]]
+
+_encode = msgspec.json.Encoder().encode
+
+
+class ChunkFormat:
+    """The chunks of one choice of one stream.
+
+    ``text_chunk`` serves nearly every token; ``chunk`` the ones that carry anything else.
+    """
+
+    __slots__ = ("_after_text", "_before_text", "_tail", "_usage_null")
+
+    def __init__(self, head: bytes, index: int, *, is_chat: bool, usage_null: bool) -> None:
+        """``head`` is the chunk up to its choices (``stream_head``)."""
+        opening = b'"delta":{"content":' if is_chat else b'"text":'
+        self._before_text = head + b'{"index":%d,' % index + opening
+        self._after_text = b"}," if is_chat else b","
+        self._usage_null = b',"usage":null' if usage_null else b""
+        plain = b'"logprobs":null,"finish_reason":null,"stop_reason":null}]'
+        self._tail = self._after_text + plain + self._usage_null + b"}\n\n"
+
+    def text_chunk(self, text: str) -> bytes:
+        """A chunk that brings text and nothing else."""
+        return self._before_text + _encode(text) + self._tail
+
+    def chunk(
+        self,
+        text: str,
+        *,
+        logprobs: Any = None,
+        finish_reason: str | None = None,
+        stop_reason: int | str | None = None,
+        usage: Mapping[str, Any] | None = None,
+        extra: Mapping[str, Any] | None = None,
+    ) -> bytes:
+        """A chunk with anything a chunk may have; ``extra`` are further fields of the choice."""
+        fields = {
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+            "stop_reason": stop_reason,
+            **(extra or {}),
+        }
+        end = self._usage_null if usage is None else b',"usage":' + _encode(usage)
+        choice = self._before_text + _encode(text) + self._after_text + _encode(fields)[1:]
+        return choice + b"]" + end + b"}\n\n"
+
+
+def stream_head(response_id: str, kind: str, created: int, model: str) -> bytes:
+    """What all chunks of a stream begin with, up to the opening of ``choices``."""
+    fields = {"id": response_id, "object": kind, "created": created, "model": model}
+    return b"data: " + _encode(fields)[:-1] + b',"choices":['
+
+
+def role_chunk(head: bytes, index: int, role: str, *, usage_null: bool) -> bytes:
+    """The first chunk of a chat choice: who speaks, and no text."""
+    choice = {
+        "index": index,
+        "delta": {"role": role, "content": ""},
+        "logprobs": None,
+        "finish_reason": None,
+    }
+    return head + _encode(choice) + (b'],"usage":null}\n\n' if usage_null else b"]}\n\n")
+
+
+def usage_chunk(head: bytes, usage: Mapping[str, Any]) -> bytes:
+    """The last chunk of a stream that was asked for its usage: no choices."""
+    return head + b'],"usage":' + _encode(usage) + b"}\n\n"
+
+
+def event(body: Any) -> bytes:
+    """Any JSON as one event."""
+    return b"data: " + _encode(body) + b"\n\n"
+
+
+class EventStream(Response):
+    """A response whose events ``produce`` writes, until it returns or the client leaves.
+
+    An exception before the first event is raised, to become a status; after it, it becomes an
+    error event, and the stream ends in order.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(
+        self,
+        produce: Callable[[Write], Awaitable[None]],
+        headers: Mapping[str, str] | None = None,
+        background: BackgroundTask | None = None,
+    ) -> None:
+        self.status_code = 200
+        self.background = background
+        self.body = b""
+        self._produce = produce
+        self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        self.headers.update(headers or {})
+        del self.headers["content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve the stream."""
+        has_begun = False
+
+        async def write(data: bytes) -> None:
+            nonlocal has_begun
+            if not has_begun:
+                has_begun = True
+                await send(
+                    {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+                )
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+
+        try:
+            async with cancelled_by_disconnect(receive):
+                try:
+                    await self._produce(write)
+                except Exception as error:  # whatever it is, the reader of the stream is told
+                    if not has_begun:
+                        raise
+                    await write(_error_event(error))
+                await write(DONE)
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+        except ClientGoneError:
+            logger.debug("a client left its stream")
+
+
+@asynccontextmanager
+async def cancelled_by_disconnect(receive: Receive) -> AsyncIterator[None]:
+    """Run the body of the ``with`` until it ends or the client leaves.
+
+    Raises:
+        ClientGoneError: the client left; the body was cancelled.
+    """
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            watcher = tasks.create_task(_wait_for_disconnect(receive))
+            yield
+            watcher.cancel()
+    except BaseExceptionGroup as group:
+        raise first_error(group) from None
+
+
+def first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The error that matters of a task group's: a real one before a client's leaving."""
+    errors = []
+    for error in group.exceptions:
+        errors.append(first_error(error) if isinstance(error, BaseExceptionGroup) else error)
+    real = [error for error in errors if not isinstance(error, ClientGoneError)]
+    return (real or errors)[0]
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    raise ClientGoneError("the client closed the connection")
+
+
+def _error_event(error: Exception) -> bytes:
+    status, body = error_body(error)
+    if status == 500:
+        logger.error("a stream failed inside the server", exc_info=error)
+    return event(body)
