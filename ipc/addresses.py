@@ -11,6 +11,7 @@ import re
 import secrets
 import shutil
 import socket
+import struct
 import tempfile
 from pathlib import Path
 
@@ -145,6 +146,24 @@ def claim_ipc_path(address: str) -> None:
         raise ConfigError(f"{path} exists and is no socket")
     if _is_listening(path):
         raise ConfigError(f"another process listens at {address}")
+
+
+def find_listener(address: str) -> int | None:
+    """Process id of who listens at an ``ipc://`` address, as this process may use it.
+
+    None for other addresses, when nobody listens, and when the listener lives in another process
+    namespace, where its number would mean somebody else.
+    """
+    if not address.startswith("ipc://"):
+        return None
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(address.removeprefix("ipc://"))
+        except OSError:
+            return None
+        credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    pid = int(struct.unpack("3i", credentials)[0])
+    return pid or None
 
 
 def _is_listening(path: Path) -> bool:

@@ -12,7 +12,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import msgspec
 import zmq
@@ -75,6 +75,7 @@ class RouterChannel(Generic[T]):
         self._directory: Path | None = None
         self._malformed: OrderedDict[bytes, int] = OrderedDict()  # by peer, oldest first
         self.num_malformed = 0
+        self.num_ignored = 0  # messages of peers that were cut off
 
     def bind(self, address: str = "ipc://*") -> str:
         """Listen, and return the address that peers connect to.
@@ -108,13 +109,11 @@ class RouterChannel(Generic[T]):
 
     def send(self, peer: bytes, message: Message, frames: Frames = ()) -> bool:
         """Queue a message for a peer; False when it is gone or takes nothing any more."""
-        try:
-            self._socket.send_multipart([peer, encoder.encode(message), *frames], zmq.NOBLOCK)
-        except zmq.ZMQError as err:
-            if err.errno in (zmq.EAGAIN, zmq.EHOSTUNREACH):
-                return False
-            raise
-        return True
+        return self._try_send(peer, message, frames) == 0
+
+    def probe(self, peer: bytes, message: Message) -> bool:
+        """Send if there is room; False only when the peer is not connected any more."""
+        return self._try_send(peer, message, ()) != zmq.EHOSTUNREACH
 
     def receive(self) -> tuple[bytes, T, list[memoryview]] | None:
         """The next good message and its sender, or None when there is none now."""
@@ -127,6 +126,7 @@ class RouterChannel(Generic[T]):
                 return None
             sender = peer.bytes
             if self._malformed.get(sender, 0) >= MAX_MALFORMED:
+                self.num_ignored += 1
                 continue
             try:
                 message, frames = _decode(self._decoder, parts)
@@ -140,15 +140,24 @@ class RouterChannel(Generic[T]):
         """What ``wait`` polls."""
         return [self._socket] if self._gate is None else [self._socket, self._gate.socket]
 
-    def close(self) -> None:
-        """Close at once; what was not sent yet is lost. Harmless when repeated."""
+    def close(self, linger_s: float = 0.0) -> None:
+        """Close, giving what was not sent yet ``linger_s`` to leave. Harmless when repeated."""
         if self._gate is not None:
             self._gate.close()
-        self._socket.close()
+        self._socket.close(linger=_milliseconds(linger_s))
         self._context.term()
         if self._directory is not None:
             _remove_directory(self._directory)
             self._directory = None
+
+    def _try_send(self, peer: bytes, message: Message, frames: Frames) -> int:
+        try:
+            self._socket.send_multipart([peer, encoder.encode(message), *frames], zmq.NOBLOCK)
+        except zmq.ZMQError as err:
+            if err.errno in (zmq.EAGAIN, zmq.EHOSTUNREACH):
+                return err.errno
+            raise
+        return 0
 
     def _count_malformed(self, peer: bytes, reason: _Malformed) -> None:
         self.num_malformed += 1
@@ -251,9 +260,9 @@ class DealerChannel(Generic[T]):
         """What ``wait`` polls."""
         return [self._socket]
 
-    def close(self) -> None:
-        """Close at once; what was not sent yet is lost. Harmless when repeated."""
-        self._socket.close()
+    def close(self, linger_s: float = 0.0) -> None:
+        """Close, giving what was not sent yet ``linger_s`` to leave. Harmless when repeated."""
+        self._socket.close(linger=_milliseconds(linger_s))
         self._context.term()
 
     def _receive_now(self) -> tuple[T, list[memoryview]] | None:
@@ -270,10 +279,10 @@ class DealerChannel(Generic[T]):
         return None
 
 
-Waitable = RouterChannel[T] | DealerChannel[T] | int
+Waitable = RouterChannel[Any] | DealerChannel[Any] | int
 
 
-def wait(channels: "Sequence[Waitable[T]]", timeout_s: float | None) -> "list[Waitable[T]]":
+def wait(channels: Sequence[Waitable], timeout_s: float | None) -> list[Waitable]:
     """Sleep until a channel has something to receive; return those that do.
 
     Args:
@@ -281,7 +290,7 @@ def wait(channels: "Sequence[Waitable[T]]", timeout_s: float | None) -> "list[Wa
         timeout_s: None waits for ever.
     """
     polled: list[tuple[Socket | int, int]] = []
-    owners: list[Waitable[T]] = []
+    owners: list[Waitable] = []
     for channel in channels:
         for item in [channel] if isinstance(channel, int) else channel.sockets():
             polled.append((item, zmq.POLLIN))

@@ -72,7 +72,8 @@ def describe_exit(return_code: int) -> str:
 class SignalWatch:
     """Turns termination signals into a readable descriptor, for a loop that waits for several.
 
-    For processes of our own only, in the main thread: it replaces the process's handlers.
+    For processes of our own only, in the main thread: it replaces the process's handlers, those
+    excepted that were set to ignore, as nohup and shells do for jobs in the background.
     """
 
     def __init__(self, *signals: signal.Signals) -> None:
@@ -80,7 +81,8 @@ class SignalWatch:
         self._receiver.setblocking(False)
         self._sender.setblocking(False)
         for number in signals:
-            signal.signal(number, _noted)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, _noted)
         signal.set_wakeup_fd(self._sender.fileno(), warn_on_full_buffer=False)
 
     def fileno(self) -> int:

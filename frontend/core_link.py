@@ -1,0 +1,238 @@
+"""A frontend's connection to an engine core: handshake, credits, signs of life. Never waits.
+
+Both clients of ``core_client.py`` are loops around one ``CoreLink``: one sleeps in a system call,
+the other in an event loop.
+"""
+
+import os
+import socket
+import time
+from collections import deque
+
+import msgspec
+
+from frontend.launcher import Launch
+from ipc import errors
+from ipc.addresses import find_listener
+from ipc.channel import DealerChannel
+from ipc.curve import CurveClientKeys
+from ipc.errors import EngineDeadError, EngineError, EngineOverloadedError, ProtocolError
+from ipc.messages import (
+    PROTOCOL_VERSION,
+    Ack,
+    AnyOperation,
+    Call,
+    CallResult,
+    CheckWorkers,
+    CoreToFrontend,
+    EngineFailed,
+    EngineOutputs,
+    FrontendToCore,
+    GetStats,
+    Goodbye,
+    Heartbeat,
+    Hello,
+    Refused,
+    SchedulerStats,
+    Welcome,
+    WorkerInfo,
+    core_to_frontend_decoder,
+    schema_hash,
+)
+from ipc.tensors import Frames
+
+PING_EVERY_S = 1.0
+SILENCE_LIMIT_S = 5.0  # a core whose process cannot be watched is dead after this
+MAX_UNSENT = 10_000  # messages that wait here because the core takes none
+
+_GOODBYE_S = 0.2  # for the last message to leave
+
+Received = tuple[CoreToFrontend, list[memoryview]]
+
+
+class CoreLink:
+    """Owns the DEALER socket and what is due on it: unsent messages, credits to give back, pings.
+
+    Pings are sent only to a core whose process cannot be watched: elsewhere the kernel knows
+    better and sooner.
+    """
+
+    def __init__(
+        self, address: str, *, curve_keys: CurveClientKeys | None, has_pings: bool
+    ) -> None:
+        self.address = address
+        self.has_pings = has_pings
+        self.welcome: Welcome | None = None
+        self._channel = DealerChannel(core_to_frontend_decoder, curve_keys=curve_keys)
+        self._channel.connect(address)
+        self._unsent: deque[tuple[FrontendToCore, Frames]] = deque()
+        self._num_to_acknowledge = 0
+        self._next_call_id = 0
+        self._next_ping_s = 0.0
+        self._unanswered_since_s: float | None = None
+        self.send(Hello(PROTOCOL_VERSION, schema_hash(), socket.gethostname(), os.getpid()))
+
+    @property
+    def channel(self) -> "DealerChannel[CoreToFrontend]":
+        """What to wait for."""
+        return self._channel
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether messages wait for the core to take them: call ``flush`` again soon."""
+        return bool(self._unsent)
+
+    def send(self, message: FrontendToCore, frames: Frames = ()) -> None:
+        """Send, or keep for later what the core does not take now.
+
+        Raises:
+            EngineOverloadedError: too much is kept already; nothing was sent.
+        """
+        if len(self._unsent) >= MAX_UNSENT:
+            raise EngineOverloadedError(f"the engine has not taken {MAX_UNSENT} messages")
+        self._unsent.append((message, frames))
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what was kept, as far as the core takes it."""
+        while self._unsent and self._channel.try_send(*self._unsent[0]):
+            self._unsent.popleft()
+
+    def make_call(self, operation: AnyOperation) -> Call:
+        """A call with an id of its own."""
+        self._next_call_id += 1
+        return Call(self._next_call_id, operation)
+
+    def receive(self) -> Received | None:
+        """The next message that concerns the caller, or None when there is none now.
+
+        Raises:
+            EngineDeadError: the core said that it ends.
+            ProtocolError: the core does not accept this frontend.
+        """
+        self.flush()
+        while (received := self._channel.receive(0)) is not None:
+            self._unanswered_since_s = None
+            match received[0]:
+                case Heartbeat():
+                    continue
+                case Welcome():
+                    self.welcome = received[0]
+                    continue
+                case EngineFailed():
+                    raise EngineDeadError(received[0].reason)
+                case Refused():
+                    raise ProtocolError(f"the engine refused us: {received[0].reason}")
+                case EngineOutputs():
+                    self._num_to_acknowledge += 1
+            return received
+        return None
+
+    def acknowledge(self) -> None:
+        """Give back credits for what was taken in so far, once that is worth a message."""
+        assert self.welcome is not None
+        if self._num_to_acknowledge >= max(1, self.welcome.limits.credits // 4):
+            num_outputs, self._num_to_acknowledge = self._num_to_acknowledge, 0
+            self.send(Ack(num_outputs))
+
+    def tick(self) -> None:
+        """Do what time asks for; call it about once a second while waiting.
+
+        Raises:
+            EngineDeadError: the core has been silent for too long.
+        """
+        self.flush()
+        if not self.has_pings:
+            return
+        now = time.monotonic()
+        if self._unanswered_since_s is not None:
+            silence_s = now - self._unanswered_since_s
+            if silence_s >= SILENCE_LIMIT_S:
+                raise EngineDeadError(
+                    f"the engine at {self.address} is silent for {silence_s:.1f} s"
+                )
+        if now >= self._next_ping_s and self.welcome is not None and not self._unsent:
+            self._next_ping_s = now + PING_EVERY_S
+            if self._unanswered_since_s is None:
+                self._unanswered_since_s = now
+            self.send(Heartbeat(now))
+
+    def close(self) -> None:
+        """Leave in good order. Harmless when repeated."""
+        if self.welcome is not None:
+            self._channel.try_send(Goodbye())
+            self.welcome = None
+            self._channel.close(linger_s=_GOODBYE_S)
+        else:
+            self._channel.close()
+
+
+class Engine:
+    """The engine at the other end: the link to it, and how it is known to be alive.
+
+    Args:
+        engine: a ``Launch``, which then belongs to this object, or the address of a daemon.
+    """
+
+    def __init__(self, engine: Launch | str, curve_keys: CurveClientKeys | None) -> None:
+        self.launch = engine if isinstance(engine, Launch) else None
+        self._own_pidfd: int | None = None
+        if isinstance(engine, Launch):
+            address = engine.wait_ready()
+            self.pidfd: int | None = engine.pidfd
+        else:
+            address = engine
+            self.pidfd = self._own_pidfd = _watch_listener(address)
+        try:
+            self.link = CoreLink(address, curve_keys=curve_keys, has_pings=self.pidfd is None)
+        except BaseException:
+            self._let_go()
+            raise
+
+    def describe_end(self) -> EngineDeadError:
+        """The error for an engine whose process has ended."""
+        reason = None if self.launch is None else self.launch.describe_end()
+        return EngineDeadError(reason or f"the engine at {self.link.address} ended")
+
+    def close(self) -> None:
+        """Leave the engine, and end it if it is ours. Harmless when repeated."""
+        self.link.close()
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._own_pidfd is not None:
+            os.close(self._own_pidfd)
+            self._own_pidfd = None
+        if self.launch is not None:
+            self.launch.terminate()
+
+
+def _watch_listener(address: str) -> int | None:
+    """A descriptor that becomes readable when the local core at ``address`` ends, else None."""
+    pid = find_listener(address)
+    if pid is None:
+        return None
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
+
+
+def read_result(operation: AnyOperation, answer: CallResult) -> object:
+    """The value that an operation documents.
+
+    Raises:
+        EngineError: the operation failed; of the class that the core named.
+    """
+    if answer.error is not None:
+        kind = getattr(errors, answer.error_kind, EngineError)
+        is_ours = isinstance(kind, type) and issubclass(kind, EngineError)
+        raise kind(answer.error) if is_ours else EngineError(answer.error)
+    assert answer.result is not None
+    match operation:
+        case GetStats():
+            return msgspec.msgpack.decode(answer.result, type=SchedulerStats)
+        case CheckWorkers():
+            return msgspec.msgpack.decode(answer.result, type=list[WorkerInfo])
+        case _:
+            return msgspec.msgpack.decode(answer.result)
