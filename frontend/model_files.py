@@ -1,0 +1,151 @@
+"""From the name of a model to a directory on this machine.
+
+A directory is taken as it is. Anything else is a name on the Hugging Face hub: looked up in its
+cache, and fetched by ``huggingface_hub`` (imported at that moment) unless that is offline.
+"""
+
+import importlib
+import os
+from pathlib import Path
+
+from frontend.tokenizer_config import read_json
+from ipc.errors import ConfigError
+
+_CONFIG_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "tokenizer*")
+_WEIGHT_PATTERNS = {
+    "safetensors": ("*.safetensors",),
+    "pt": ("*.bin", "*.pt"),
+    "npcache": ("*.bin",),
+    "dummy": (),
+}
+_FILES_WITH_CODE = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+)
+
+
+def bundled_model() -> Path:
+    """The demonstration model of the repository, which our own commands serve by default.
+
+    Raises:
+        ConfigError: this installation came without it.
+    """
+    path = Path(__file__).resolve().parent.parent / "scripts" / "demo_models" / "tiny"
+    if not (path / "config.json").is_file():
+        raise ConfigError(
+            f"--model was not given, and the demonstration model is not at {path}: it comes with "
+            f"the repository, not with the installed package. Name a model"
+        )
+    return path
+
+
+def find_directory(
+    name: str,
+    *,
+    flag: str = "--model",
+    revision: str | None = None,
+    download_dir: str | None = None,
+    load_format: str | None = None,
+) -> Path:
+    """The directory that holds a model or a tokenizer.
+
+    Args:
+        name: a directory, or a name on the hub.
+        flag: what to call it in errors.
+        revision: branch, tag or commit on the hub; a directory has none.
+        load_format: which weights to fetch as well; None: none.
+
+    Raises:
+        ConfigError: it is neither here nor to be had; the message says what was looked for.
+    """
+    if not name or "\0" in name:
+        raise ConfigError(f"{flag} must name a directory or a model of the hub, got {name!r}")
+    path = Path(name).expanduser()
+    if _is_directory(path):
+        return path.resolve()
+    if path.exists():
+        raise ConfigError(f"{flag} {name}: must be a directory, not a file")
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ConfigError(f"{flag} {name}: there is no such directory")
+    return _from_hub(name, flag, revision, download_dir, load_format)
+
+
+def check_custom_code(directory: Path, *, trust_remote_code: bool) -> None:
+    """Refuse a checkpoint that brings its own code.
+
+    Raises:
+        ConfigError: it does, and ``--trust-remote-code`` was not given.
+    """
+    if trust_remote_code:
+        return
+    for name in _FILES_WITH_CODE:
+        if read_json(directory / name).get("auto_map"):
+            raise ConfigError(
+                f"{directory / name} asks for code of its own (auto_map); pass "
+                f"--trust-remote-code if you trust its authors"
+            )
+
+
+def check_weights(directory: Path, load_format: str) -> None:
+    """Refuse a directory without weights of the wanted form.
+
+    Raises:
+        ConfigError: there are none; names ``--load-format``.
+    """
+    forms = ("safetensors", "pt") if load_format == "auto" else (load_format,)
+    patterns = [pattern for form in forms for pattern in _WEIGHT_PATTERNS[form]]
+    if patterns and not any(any(directory.glob(pattern)) for pattern in patterns):
+        raise ConfigError(
+            f"--load-format {load_format}: {directory} holds no {' or '.join(patterns)}; "
+            f"--load-format dummy runs with random weights"
+        )
+
+
+def _is_directory(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name too long for a path
+        return False
+
+
+def _from_hub(
+    name: str, flag: str, revision: str | None, download_dir: str | None, load_format: str | None
+) -> Path:
+    try:
+        hub = importlib.import_module("huggingface_hub")
+    except ImportError as err:
+        raise ConfigError(
+            f"{flag} {name}: no such directory, and huggingface_hub, which would look for it on "
+            f"the hub, is not installed"
+        ) from err
+
+    def fetch(patterns: tuple[str, ...]) -> Path:
+        return Path(
+            hub.snapshot_download(
+                name,
+                revision=revision,
+                cache_dir=download_dir,
+                allow_patterns=[*_CONFIG_PATTERNS, *patterns],
+                local_files_only=hub.constants.HF_HUB_OFFLINE,
+            )
+        )
+
+    try:
+        if load_format != "auto":
+            return fetch(_WEIGHT_PATTERNS.get(load_format or "", ()))
+        directory = fetch(_WEIGHT_PATTERNS["safetensors"])
+        if not any(directory.glob("*.safetensors")):
+            directory = fetch(_WEIGHT_PATTERNS["pt"])
+        return directory
+    except (OSError, ValueError) as err:  # every error of the hub is one of these
+        where = download_dir or hub.constants.HF_HUB_CACHE
+        at = f" at revision {revision}" if revision else ""
+        offline = "; the hub is off (HF_HUB_OFFLINE)" if hub.constants.HF_HUB_OFFLINE else ""
+        reason = str(err).strip().splitlines() or [type(err).__name__]
+        raise ConfigError(
+            f"{flag} {name}: no directory of this name in {os.getcwd()}, and no model{at} "
+            f"in the cache {where}{offline}: {reason[0]}"
+        ) from err
