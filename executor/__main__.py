@@ -1,0 +1,200 @@
+"""A worker process: a message loop around one ``Worker``. Run as ``python -m executor``.
+
+It reads its ``Boot`` from standard input, reports how its start goes, executes steps in the order
+they arrive and answers them in that order. On a GPU a thread waits for each step's end and answers,
+so the next step is launched before this one's ids have been read; the thread has a channel of its
+own. Only the output rank answers steps. Whatever fails is reported, then the process ends.
+"""
+
+import contextlib
+import gc
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, NoReturn, Protocol
+
+import msgspec
+
+from executor.failures import DEVICE_STAGE, exit_code, worker_error
+from executor.worker_process import Boot, identity_of
+from ipc.channel import DealerChannel
+from ipc.config import decode_config
+from ipc.errors import EngineError
+from ipc.messages import (
+    Call,
+    CallResult,
+    GrammarMask,
+    LoadProgress,
+    SchedulerOutput,
+    Shutdown,
+    core_to_worker_decoder,
+)
+from ipc.processes import die_with
+
+OUTPUT_RANK = 0
+IDLE_S = 1.0  # without a message for this long: collect garbage, once
+LAST_WORDS_S = 5.0  # the parent kills us once it has read them
+
+Channel = DealerChannel[Any]
+MakeWorker = Callable[..., Any]
+
+
+class Answers(Protocol):
+    """Answers launched steps, in order."""
+
+    def put(self, step: Any) -> None:
+        """Take over a launched step."""
+        ...
+
+
+class DirectAnswers:
+    """Answers at once: for a device whose steps are done when they return."""
+
+    def __init__(self, channel: Channel, rank: int) -> None:
+        self._channel = channel
+        self._is_sent = rank == OUTPUT_RANK
+
+    def put(self, step: Any) -> None:
+        """Read the step's result and send it."""
+        output, frames = step.resolve()
+        if self._is_sent:
+            self._channel.send(output, frames)
+
+
+class ThreadedAnswers:
+    """Answers from a thread that sleeps until the device has done each step."""
+
+    def __init__(self, rank: "Rank") -> None:
+        self._steps: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._rank = rank
+        threading.Thread(target=self._run, daemon=True, name="answers").start()
+
+    def put(self, step: Any) -> None:
+        """Hand the step to the thread."""
+        self._steps.put(step)
+
+    def _run(self) -> None:
+        boot = self._rank.boot
+        channel: Channel = DealerChannel(
+            core_to_worker_decoder, identity=f"answers-{boot.rank}".encode()
+        )
+        channel.connect(boot.address)
+        answers = DirectAnswers(channel, boot.rank)
+        try:
+            while True:
+                answers.put(self._steps.get())
+        except Exception as err:
+            self._rank.fail(channel, err)
+
+
+class Rank:
+    """Owns this process's worker, and knows how far it has come."""
+
+    def __init__(self, boot: Boot, make_worker: MakeWorker | None) -> None:
+        self.boot = boot
+        self._make_worker = make_worker
+        self._worker: Any = None
+        self._is_ready = False
+
+    def run(self, channel: Channel) -> None:
+        """Start the worker and serve until told to end."""
+        boot = self.boot
+        channel.send(LoadProgress(boot.rank, "starting", 0, 1, 0.0))
+        make_worker = self._make_worker or _default_worker()
+        self._worker = make_worker(
+            decode_config(boot.config), boot.rank, rendezvous=boot.rendezvous
+        )
+        ready = self._worker.start(channel.send)
+        answers: Answers = DirectAnswers(channel, boot.rank)
+        if self._worker.is_asynchronous:
+            answers = ThreadedAnswers(self)
+        gc.collect()
+        gc.freeze()
+        gc.disable()  # a collection in the middle of a stream is a stall: idle time is for it
+        self._is_ready = True
+        channel.send(ready)
+        _serve(self._worker, channel, answers)
+
+    def fail(self, channel: Channel, err: BaseException) -> NoReturn:
+        """Say why this process ends, wait for the parent to hear it, and end."""
+        stage = "import"
+        if self._worker is not None:
+            from executor.device import is_device_error
+
+            stage = DEVICE_STAGE if is_device_error(err) else self._worker.phases.stage
+        words = worker_error(self.boot.rank, stage, err)
+        with contextlib.suppress(EngineError):  # the parent is gone: nobody is left to tell
+            channel.send(words)
+            channel.receive(LAST_WORDS_S)
+        _end(exit_code(words, is_ready=self._is_ready))
+
+
+def run(make_worker: MakeWorker | None = None) -> NoReturn:
+    """Be a worker process until told to end.
+
+    Args:
+        make_worker: takes the place of ``executor.worker.Worker``.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to decide
+    boot = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Boot)
+    die_with(boot.death_pipe)
+    channel: Channel = DealerChannel(core_to_worker_decoder, identity=identity_of(boot.rank))
+    channel.connect(boot.address)
+    rank = Rank(boot, make_worker)
+    try:
+        rank.run(channel)
+    except Exception as err:
+        rank.fail(channel, err)
+    _end(0)
+
+
+def _default_worker() -> MakeWorker:
+    from executor.worker import Worker  # torch comes with it, and may fail to
+
+    return Worker
+
+
+def _serve(worker: Any, channel: Channel, answers: Answers) -> None:
+    """Do what arrives until ``Shutdown``; without messages sleep in the channel."""
+    is_clean = True  # nothing happened since the last collection
+    while True:
+        received = channel.receive(None if is_clean else IDLE_S)
+        if received is None:
+            gc.collect()
+            is_clean = True
+            continue
+        is_clean = False
+        message, frames = received
+        match message:
+            case SchedulerOutput():
+                answers.put(worker.execute(message, frames))
+            case Call():
+                channel.send(_call(worker, message))
+            case Shutdown():
+                return
+            case GrammarMask():
+                raise EngineError("grammar masks are not supported by this worker")
+
+
+def _call(worker: Any, message: Call) -> CallResult:
+    """Run a control operation; a refusal is an answer, anything else ends the worker."""
+    try:
+        result = worker.call(message.operation)
+    except EngineError as err:
+        kind = type(err).__name__
+        return CallResult(message.call_id, error=str(err), error_kind=kind)
+    return CallResult(message.call_id, msgspec.Raw(msgspec.msgpack.encode(result)))
+
+
+def _end(code: int) -> NoReturn:
+    """End without the interpreter's farewell, which with a GPU can take seconds or hang."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    run()
