@@ -19,17 +19,19 @@ a row's *place* in the batch never mattered in any form.
 - bfloat16: oneDNN packed beats F.linear everywhere (49 / 51 / 63 against 70 / 63 / 82 us on two
   threads), and is batch-invariant only up to 12 (K = 2048) or 19 (K = 1024) rows.
 
-None of this is promised by a library, so nothing is assumed: ``pack`` probes the real weight with
-the real thread count and keeps the first form that passes, with the largest tile of rows for which
-it passed. Set the thread count before loading. Larger batches run tile by tile.
+None of this is promised by a library, so nothing is assumed: ``pack`` tries each shape once, with
+the thread count in force, and keeps the first form that passes with the largest tile of rows for
+which it passed. Set the thread count before loading. Larger batches run tile by tile.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 Run = Callable[[Tensor], Tensor]
+Form = Callable[[Tensor, Tensor | None], Run]  # weight and bias -> the product
 
 # Row counts around every change of routine that was seen; the largest is the widest tile.
 _PROBED_ROWS = (
@@ -58,6 +60,7 @@ _PROBED_ROWS = (
     128,
 )
 _TILES = (128, 64, 32, 16, 8)
+_FIXED_TILE = 16
 
 
 def pack(weight: Tensor, bias: Tensor | None, *, deterministic: bool) -> Run:
@@ -66,14 +69,31 @@ def pack(weight: Tensor, bias: Tensor | None, *, deterministic: bool) -> Run:
     Args:
         deterministic: a row's result must not depend on how many rows there are.
     """
-    forms = _forms(weight, bias)
+    forms = _forms(weight.dtype)
     if not deterministic:
-        return forms[0]
-    found = [(tile, form) for form in forms if (tile := _invariant_rows(form, weight))]
-    if not found:
-        return fixed_tiles(forms[0], 16)
-    tile, form = max(found, key=lambda pair: pair[0])  # the first form among equals
-    return _invariant(form, tile)
+        return forms[0](weight, bias)
+    index, tile = _choose(tuple(weight.shape), weight.dtype, torch.get_num_threads())
+    run = forms[index](weight, bias)
+    return _invariant(run, tile) if tile else fixed_tiles(run, _FIXED_TILE)
+
+
+@functools.cache
+def _choose(shape: tuple[int, int], dtype: torch.dtype, num_threads: int) -> tuple[int, int]:
+    """The first form with the widest invariant tile: its index, and the tile; (0, 0) for none.
+
+    Tried on random weights: a routine is picked by shape, type and thread count, not by values.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator).to(dtype)
+    x = torch.randn(_TILES[0], shape[1], generator=generator).to(dtype)
+    best = (0, 0)
+    for index, form in enumerate(_forms(dtype)):
+        tile = _invariant_rows(form(weight, None), x)
+        if tile > best[1]:
+            best = (index, tile)
+        if tile == _TILES[0]:
+            break
+    return best
 
 
 def fixed_tiles(run: Run, rows: int) -> Run:
@@ -91,15 +111,13 @@ def fixed_tiles(run: Run, rows: int) -> Run:
     return tiled
 
 
-def _forms(weight: Tensor, bias: Tensor | None) -> list[Run]:
-    """The ways to multiply, fastest first for this dtype."""
-    packed = _onednn(weight, bias) if _has_onednn() else None
-    if weight.dtype == torch.float32:
-        columns = _columns(weight, bias)
-        return [columns] if packed is None else [columns, packed]
-    if weight.dtype == torch.bfloat16 and packed is not None:
-        return [packed]
-    return [_plain(weight, bias)]
+def _forms(dtype: torch.dtype) -> list[Form]:
+    """The ways to multiply, fastest first."""
+    if dtype == torch.float32:
+        return [_columns, _onednn] if _has_onednn() else [_columns]
+    if dtype == torch.bfloat16 and _has_onednn():
+        return [_onednn]
+    return [_plain]
 
 
 def _has_onednn() -> bool:
@@ -141,12 +159,9 @@ def _tiles(x: Tensor, rows: int) -> list[Tensor]:
     return [x[start : start + rows] for start in range(0, x.shape[0], rows)]
 
 
-def _invariant_rows(run: Run, weight: Tensor) -> int:
+def _invariant_rows(run: Run, x: Tensor) -> int:
     """The widest tile for which rows agree at every probed row count; 0 when none is worth it."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_TILES[0], weight.shape[1], generator=generator).to(weight.dtype)
-    reference = run(x[:2])
-    agreed = 2
+    reference, agreed = run(x[:2]), 2
     for rows in _PROBED_ROWS[1:]:
         result = run(x[:rows])
         if not torch.equal(result[: reference.shape[0]], reference):

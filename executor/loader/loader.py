@@ -1,0 +1,142 @@
+"""Build a model and fill it: config -> modules on the meta device -> weights in their final place.
+
+Every weight goes straight from its file (mapped into memory) into the fused, sharded parameter on
+the target device, in the target dtype; there is no second copy of the model anywhere.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from executor.layers.linear import LayerFactory, UnquantizedLinearMethod
+from executor.loader.assign import WeightAssigner, parameter_bytes
+from executor.loader.checkpoint import open_checkpoint
+from executor.loader.sources import DummySource, TensorSource
+from executor.model_config import ModelShape
+from executor.models import registry
+from executor.models.interface import CausalLM
+from executor.parallel import TensorParallel
+from ipc.config import LoadConfig, ModelConfig
+from ipc.errors import ConfigError
+
+OnProgress = Callable[[str, int, int], None]  # stage, bytes done, bytes in all
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model ready to run, and what is worth knowing about its weights."""
+
+    model: CausalLM
+    weights_bytes: int  # on this rank
+    digest: str  # sha256: config, tensors' names, shapes and types, file sizes; equal on all ranks
+
+
+def load_model(
+    model_config: ModelConfig,
+    load_config: LoadConfig,
+    *,
+    device: torch.device,
+    tp: TensorParallel,
+    on_progress: OnProgress,
+) -> LoadedModel:
+    """Load this rank's part of the model.
+
+    On a CPU, set torch's thread count first: the form of each weight is chosen by trying it.
+
+    Raises:
+        ConfigError: the model cannot be built as configured.
+        EngineStartError: the checkpoint is broken or does not fit the model.
+    """
+    model = _build(model_config, device, tp)
+    assigner = WeightAssigner(model, model.checkpoint_names, model.packed_modules)
+    if load_config.load_format == "dummy":
+        lines = _fill_with_dummies(assigner, model_config.seed, device, on_progress)
+    else:
+        lines = _fill_from_files(assigner, model_config, load_config, on_progress)
+    weights_bytes = parameter_bytes(model)
+    for module in model.modules():
+        finish = getattr(module, "finish_loading", None)
+        if finish is not None:
+            finish(device)
+    model.eval().requires_grad_(False)
+    return LoadedModel(model, weights_bytes, _digest(model_config.hf_config, lines))
+
+
+def _build(model_config: ModelConfig, device: torch.device, tp: TensorParallel) -> Any:
+    """The modules, their parameters allocated on ``device`` and still unset."""
+    if model_config.quantization is not None:
+        raise ConfigError(
+            f"--quantization {model_config.quantization} is not supported by this version"
+        )
+    if model_config.dtype not in _DTYPES:
+        raise ConfigError(f"--dtype must be resolved to one of {', '.join(_DTYPES)} before loading")
+    shape = ModelShape.from_hf(
+        model_config.hf_config,
+        max_model_len=model_config.max_model_len,
+        disable_sliding_window=model_config.disable_sliding_window,
+    )
+    method = UnquantizedLinearMethod(deterministic=bool(model_config.deterministic))
+    factory = LayerFactory(tp, _DTYPES[model_config.dtype], method)
+    model_class = registry.resolve(model_config.hf_config)
+    with torch.device("meta"):
+        if registry.is_native(model_config.hf_config):
+            model = model_class(shape, factory)
+        else:
+            model = model_class(shape, factory, model_config)
+    return model.to_empty(device=device)
+
+
+def _fill_from_files(
+    assigner: WeightAssigner,
+    model_config: ModelConfig,
+    load_config: LoadConfig,
+    on_progress: OnProgress,
+) -> list[str]:
+    checkpoint = open_checkpoint(Path(model_config.model_path), load_config)
+    total = sum(_weight(source) for source in checkpoint.tensors.values())
+    done = 0
+
+    def on_tensor(name: str) -> None:
+        nonlocal done
+        done += _weight(checkpoint.tensors[name])
+        on_progress("weights", done, total)
+
+    assigner.fill_all(checkpoint.tensors, on_tensor)
+    tensors = (f"{n} {s.shape} {s.dtype}" for n, s in checkpoint.tensors.items())
+    files = (f"{name} {size}" for name, size in checkpoint.file_sizes.items())
+    return sorted(tensors) + sorted(files)
+
+
+def _fill_with_dummies(
+    assigner: WeightAssigner, seed: int, device: torch.device, on_progress: OnProgress
+) -> list[str]:
+    slots = list(assigner.slots())
+    lines = [f"dummy {seed}"]
+    for number, (slot, shape) in enumerate(slots, 1):
+        name = slot.parameter
+        if slot.part is not None and slot.part > 0:
+            name = f"{slot.part}:{name}"
+        assigner.fill(slot, DummySource(seed, name, shape, device))
+        lines.append(f"{name} {shape}")
+        on_progress("weights", number, len(slots))
+    return lines
+
+
+def _weight(source: TensorSource) -> int:
+    """Values in a tensor: all that progress needs."""
+    count = 1
+    for size in source.shape:
+        count *= size
+    return count
+
+
+def _digest(hf_config: Mapping[str, object], lines: list[str]) -> str:
+    config = json.dumps(hf_config, sort_keys=True, default=str)
+    return hashlib.sha256("\n".join([config, *lines]).encode()).hexdigest()
