@@ -137,7 +137,7 @@ def _declared_limit(hf_config: dict[str, Any], tokenizer_limit: int | None) -> i
     limits = [
         int(limit)
         for limit in (hf_config.get("model_max_length"), tokenizer_limit)
-        if _is_length(limit) and limit < NO_LENGTH_LIMIT / 1e6
+        if limit is not None and _is_length(limit) and limit < NO_LENGTH_LIMIT / 1e6
     ]
     return max(limits, default=None)
 

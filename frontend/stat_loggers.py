@@ -9,10 +9,13 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ipc.config import EngineConfig
 from ipc.messages import FinishReason, SchedulerStats
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +159,46 @@ class LoggingStatLogger:
         return hits / queries if queries else 0.0
 
 
+class PrometheusStatLogger:
+    """Keeps numbers for Prometheus, in a registry of its own: engines in one process never clash.
+
+    ``frontend.metrics.render_metrics`` writes them out.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        engine_index: int = 0,
+        *,
+        vllm_names: bool = True,
+        registry: "CollectorRegistry | None" = None,
+    ) -> None:
+        """Register the metrics, so that even the first scrape shows them all.
+
+        Args:
+            vllm_names: export every metric a second time, under vLLM's name.
+            registry: where to; None makes a new one.
+        """
+        from prometheus_client import CollectorRegistry
+
+        from frontend.metrics import EngineMetrics
+
+        self.engine_index = engine_index
+        self.registry = registry or CollectorRegistry()
+        self._metrics = EngineMetrics(config, vllm_names=vllm_names)
+        self.registry.register(self._metrics)
+
+    def record(self, stats: SchedulerStats | None, iteration: IterationStats) -> None:
+        """Count."""
+        self._metrics.record(stats, iteration)
+
+    def log(self) -> None:
+        """Nothing to do: Prometheus asks."""
+
+    def close(self) -> None:
+        """Nothing to do: the last numbers stay readable."""
+
+
 class StatLoggerGroup:
     """All loggers of one engine. A logger that raises is reported once and left out."""
 
@@ -199,7 +242,7 @@ def counter_gain(before: int, after: int) -> int:
 
 
 def gpu_cache_usage(stats: SchedulerStats) -> float:
-    """Share of the GPU blocks in use, 0 to 1."""
+    """Share of the GPU's KV blocks in use, 0 to 1."""
     return _share_in_use(stats.num_gpu_blocks, stats.num_free_gpu_blocks)
 
 
@@ -209,4 +252,5 @@ def cpu_cache_usage(stats: SchedulerStats) -> float:
 
 
 def _share_in_use(num_blocks: int, num_free: int) -> float:
-    return 1.0 - num_free / num_blocks if num_blocks else 0.0
+    num_usable = num_blocks - 1  # block 0 is the null block: never free, never in use
+    return max(0.0, 1.0 - num_free / num_usable) if num_usable > 0 else 0.0
