@@ -269,7 +269,7 @@ def _penalties_kernel(  # type: ignore[no-untyped-def]
     tl.store(logits_ptr + at, x, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_entries"])
 def _token_bias_kernel(  # type: ignore[no-untyped-def]
     logits_ptr, rows_ptr, token_ids_ptr, values_ptr, num_entries, V, BLOCK_E: tl.constexpr
 ):

@@ -251,9 +251,10 @@ def _tile_sizes(head_dim: int, item_size: int) -> tuple[int, int, int]:
     """Padded head size, keys per tile, and the most query rows that shared memory leaves."""
     block_d = max(16, triton.next_power_of_2(head_dim))
     row_bytes = block_d * item_size
+    if item_size == 4:  # no tensor cores at full precision: large tiles only swell the code
+        return block_d, 32 if row_bytes <= 512 else 16, 32 if row_bytes <= 1024 else 16
     block_n = min(64, max(16, 16384 // row_bytes))
-    max_rows = 64 if row_bytes <= 512 else 32 if row_bytes <= 1024 else 16
-    return block_d, block_n, max_rows
+    return block_d, block_n, 64 if row_bytes <= 512 else 32
 
 
 def _num_splits(num_programs: int, max_seq_len: int) -> int:
@@ -345,7 +346,7 @@ def _attend(  # type: ignore[no-untyped-def]
     return largest, total, out
 
 
-@triton.jit(do_not_specialize=["num_requests", "sliding_window"])
+@triton.jit(do_not_specialize=["num_requests", "block_table_stride", "sliding_window"])
 def _prefill_kernel(  # type: ignore[no-untyped-def]
     q_ptr,
     key_cache_ptr,
@@ -434,7 +435,7 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
         tl.store(out_ptr + out_at[:, None] + cols[None, :], out, mask)
 
 
-@triton.jit(do_not_specialize=["num_splits", "sliding_window"])
+@triton.jit(do_not_specialize=["num_splits", "block_table_stride", "sliding_window"])
 def _decode_kernel(  # type: ignore[no-untyped-def]
     q_ptr,
     key_cache_ptr,

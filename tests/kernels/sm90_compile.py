@@ -1,0 +1,132 @@
+"""Compile every kernel for an H100 or H200, through the wrappers' own launches, without a GPU.
+
+Run as a program, without TRITON_INTERPRET: a stand-in driver names the target, and each launch
+stops after the compilation. So the signatures, constants, warps and stages are those of a real
+launch. Prints one JSON object per compiled variant.
+"""
+
+import json
+import sys
+from typing import Any
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from kernels import (
+    activation,
+    logits,
+    logprobs,
+    paged_attention,
+    rms_norm,
+    rotary,
+    sampling,
+    store_kv_cache,
+)
+from kernels.attention_step import Options, Step
+from kernels.sampling_cpu import Rows
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class H200WithoutDevice:
+    """What the launcher asks of a driver before it compiles."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+def stop_after_compiling() -> None:
+    """Make every launch a compilation whose result is printed."""
+    run = JITFunction.run
+    seen: set[int] = set()
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if id(kernel) not in seen:
+            seen.add(id(kernel))
+            report = {
+                "kernel": self.fn.__name__,
+                "shared": kernel.metadata.shared,
+                "cubin_bytes": len(kernel.asm["cubin"]),
+                "wgmma": "wgmma" in kernel.asm["ptx"],
+                "approximate_log": "lg2.approx" in kernel.asm["ptx"],
+            }
+            sys.stdout.write(json.dumps(report) + "\n")
+        return kernel
+
+    JITFunction.run = compile_only
+
+
+def compile_elementwise(dtype: torch.dtype) -> None:
+    x = torch.zeros(4, 512, dtype=dtype)
+    weight = torch.zeros(512, dtype=dtype)
+    rms_norm.rms_norm_triton(x, weight, 1e-5, 0.0)
+    rms_norm.fused_add_rms_norm_triton(x, x, weight, 1e-5, 0.0)
+    for act in (activation.SILU, activation.GELU, activation.GELU_TANH):
+        activation.gated_triton(x, act)
+    q, cos = torch.zeros(3, 4, 64, dtype=dtype), torch.zeros(10, 32)
+    positions = torch.zeros(3, dtype=torch.int64)
+    for interleaved in (False, True):
+        for half in (32, 16):
+            table = cos[:, :half].contiguous()
+            rotary.apply_rotary_triton(q, q, table, table, positions, interleaved)
+    cache = torch.zeros(2, 16, 4, 64, dtype=dtype)
+    store_kv_cache.store_kv_cache_triton(q, q, cache, cache, positions)
+
+
+def compile_attention(dtype: torch.dtype, head_dim: int, options: Options) -> None:
+    cache = torch.zeros(40, 16, 2, head_dim, dtype=dtype)
+    for queries, launch in (
+        (100, paged_attention.paged_attention_triton),
+        (2, paged_attention.paged_attention_triton),
+        (1, paged_attention.paged_decode_triton),
+    ):
+        q = torch.zeros(queries, 8, head_dim, dtype=dtype)
+        for seq_len in (600, 100):
+            step = Step(
+                torch.zeros(1, 40, dtype=torch.int32),
+                torch.tensor([0, queries], dtype=torch.int32),
+                torch.tensor([seq_len], dtype=torch.int32),
+                queries,
+                seq_len,
+            )
+            launch(q, cache, cache, step, options)
+
+
+def compile_logits() -> None:
+    B, V = 4, 1000
+    x = torch.zeros(B, V)
+    ones, ids = torch.ones(B), torch.zeros(B, dtype=torch.int64)
+    logits.apply_penalties_triton(x, x.int(), x.bool(), ones, ones, ones)
+    logits.apply_token_bias_triton(x, ids, ids, ones)
+    logits.apply_bitmask_triton(x, ids, torch.zeros(B, -(-V // 32), dtype=torch.int32))
+    logits.has_nan_triton(x)
+    logprobs.token_logprobs_triton(x, ids, 2)
+    sampling.gumbel_noise_triton(ids, ids, V)
+    for any_filter in (False, True):
+        sampling.sample_triton(x, Rows(ones, ids.int(), ones, ones, ids, ids), any_filter)
+
+
+def main() -> None:
+    driver.set_active(H200WithoutDevice())  # type: ignore[arg-type]
+    stop_after_compiling()
+    compile_logits()
+    for dtype in DTYPES:
+        compile_elementwise(dtype)
+        compile_attention(dtype, 64, Options(0.1, None, None))
+    for head_dim in (80, 128, 512):
+        compile_attention(torch.bfloat16, head_dim, Options(0.1, None, None))
+    for dtype in (torch.bfloat16, torch.float32):
+        compile_attention(dtype, 256, Options(0.1, 64, 30.0))
+
+
+if __name__ == "__main__":
+    main()
