@@ -1,0 +1,102 @@
+"""Small pieces of the runtime with defaults, for tests."""
+
+import numpy as np
+import torch
+
+from executor.kv_cache import KVCache
+from executor.model_runner import ModelRunner
+from executor.request_states import RequestStates
+from ipc.messages import ModelRunnerOutput, NewRow, RowParams, SchedulerOutput
+from ipc.tensors import Frames
+from tests.executor.fake_model import VOCAB_SIZE, FakeModel
+
+CPU = torch.device("cpu")
+GREEDY = RowParams(seed=0, temperature=0.0)
+
+
+def make_states(
+    *,
+    max_num_seqs: int = 8,
+    max_model_len: int = 64,
+    block_size: int = 8,
+    vocab_size: int = VOCAB_SIZE,
+) -> RequestStates:
+    return RequestStates(
+        max_num_seqs=max_num_seqs,
+        max_model_len=max_model_len,
+        block_size=block_size,
+        vocab_size=vocab_size,
+        device=CPU,
+    )
+
+
+def make_new_row(
+    row: int,
+    token_ids: list[int],
+    *,
+    num_prompt_tokens: int | None = None,
+    num_computed_tokens: int = 0,
+    block_ids: list[int] | None = None,
+    params: RowParams = GREEDY,
+    num_prompt_logprobs_sent: int = 0,
+) -> NewRow:
+    """A row whose blocks, unless given, are eight of its own from 1 + 8 * row on."""
+    return NewRow(
+        row=row,
+        token_ids=token_ids,
+        num_prompt_tokens=len(token_ids) if num_prompt_tokens is None else num_prompt_tokens,
+        num_computed_tokens=num_computed_tokens,
+        block_ids=list(range(1 + 8 * row, 9 + 8 * row)) if block_ids is None else block_ids,
+        params=params,
+        num_prompt_logprobs_sent=num_prompt_logprobs_sent,
+    )
+
+
+def make_plan(
+    rows: list[int], num_new_tokens: list[int] | None = None, **fields: object
+) -> SchedulerOutput:
+    return SchedulerOutput(step_id=0, rows=rows, num_new_tokens=num_new_tokens or [], **fields)  # type: ignore[arg-type]
+
+
+class Rig:
+    """A runner with the fake model, its rows and its cache."""
+
+    def __init__(
+        self,
+        model: FakeModel | None = None,
+        *,
+        num_blocks: int = 128,
+        num_swap_blocks: int = 64,
+        **states: int,
+    ) -> None:
+        self.model = model or FakeModel()
+        self.states = make_states(vocab_size=self.model.vocab_size, **states)
+        self.kv_cache = KVCache(
+            self.model.kv_cache_specs(),
+            num_blocks=num_blocks,
+            num_swap_blocks=num_swap_blocks,
+            block_size=self.states.block_size,
+            dtype=torch.float32,
+            device=CPU,
+        )
+        self.runner = ModelRunner(self.model, self.kv_cache, self.states)
+
+    def step(self, plan: SchedulerOutput, frames: Frames = ()) -> ModelRunnerOutput:
+        """Run one step to its end."""
+        return self.runner.execute(plan, frames).resolve()[0]
+
+    def prefill(self, *prompts: list[int], params: RowParams = GREEDY) -> ModelRunnerOutput:
+        """Enter prompts as rows 0, 1, ... and compute them whole."""
+        new_rows = [make_new_row(i, prompt, params=params) for i, prompt in enumerate(prompts)]
+        lengths = [len(prompt) for prompt in prompts]
+        return self.step(make_plan(list(range(len(prompts))), lengths, new_rows=new_rows))
+
+
+def peaked(*token_ids: int, vocab_size: int = VOCAB_SIZE) -> torch.Tensor:
+    """Logits whose likeliest token is the given one, one row each; all rows differ."""
+    logits = torch.from_numpy(
+        np.random.default_rng(0).normal(size=(len(token_ids), vocab_size)).astype(np.float32)
+    )
+    for row, token_id in enumerate(token_ids):
+        logits[row, token_id] = 10.0
+    return logits
