@@ -310,7 +310,7 @@ class Simulation:
         return expected
 
     def step(self, step_id: int) -> None:
-        names = ("freed_rows swap_out swap_in block_copies new_rows new_block_ids").split()
+        names = ["freed_rows", "swap_out", "swap_in", "block_copies", "new_rows", "new_block_ids"]
         plan: dict[str, list] = {name: [] for name in [*names, "rows", "num_new_tokens"]}
         self.leave(plan)
         self.enter(plan)
