@@ -2,8 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from ipc.errors import EngineDeadError, EngineError
 from ipc.messages import (
     AbortBranches,
@@ -53,4 +51,4 @@ def answer_call(core: "EngineCore", call: Call) -> CallResult:
         return CallResult(call.call_id, error=str(err), error_kind=type(err).__name__)
     except Exception as err:  # an operation is a process loop of its own: report and live on
         return CallResult(call.call_id, error=f"{type(err).__name__}: {err}")
-    return CallResult(call.call_id, msgspec.Raw(result))
+    return CallResult(call.call_id, result)

@@ -186,7 +186,7 @@ def _call(worker: Any, message: Call) -> CallResult:
     except EngineError as err:
         kind = type(err).__name__
         return CallResult(message.call_id, error=str(err), error_kind=kind)
-    return CallResult(message.call_id, msgspec.Raw(msgspec.msgpack.encode(result)))
+    return CallResult(message.call_id, msgspec.msgpack.encode(result))
 
 
 def _end(code: int) -> NoReturn:

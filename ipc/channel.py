@@ -8,6 +8,7 @@ counted and dropped, and a peer that sends too much of it is not listened to any
 
 import logging
 import os
+import shutil
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -73,6 +74,7 @@ class RouterChannel(Generic[T]):
         _configure(self._socket, max_message_bytes, high_water_mark)
         self._socket.router_mandatory = True
         self._directory: Path | None = None
+        self._socket_file: Path | None = None
         self._malformed: OrderedDict[bytes, int] = OrderedDict()  # by peer, oldest first
         self.num_malformed = 0
         self.num_ignored = 0  # messages of peers that were cut off
@@ -103,6 +105,8 @@ class RouterChannel(Generic[T]):
             raise ConfigError(f"cannot listen at {address}: {err.strerror}") from err
         finally:
             os.umask(former_umask)
+        if address.startswith("ipc://"):
+            self._socket_file = Path(address.removeprefix("ipc://"))
         endpoint = self._socket.getsockopt(zmq.LAST_ENDPOINT)
         assert isinstance(endpoint, bytes)
         return endpoint.rstrip(b"\0").decode()
@@ -146,8 +150,11 @@ class RouterChannel(Generic[T]):
             self._gate.close()
         self._socket.close(linger=_milliseconds(linger_s))
         self._context.term()
+        if self._socket_file is not None:
+            self._socket_file.unlink(missing_ok=True)
+            self._socket_file = None
         if self._directory is not None:
-            _remove_directory(self._directory)
+            shutil.rmtree(self._directory, ignore_errors=True)
             self._directory = None
 
     def _try_send(self, peer: bytes, message: Message, frames: Frames) -> int:
@@ -326,9 +333,3 @@ def _wildcard_port(address: str) -> str:
     return (
         f"{address[:-1]}*" if address.startswith("tcp://") and address.endswith(":0") else address
     )
-
-
-def _remove_directory(directory: Path) -> None:
-    for path in directory.iterdir():
-        path.unlink(missing_ok=True)
-    directory.rmdir()

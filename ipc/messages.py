@@ -243,7 +243,7 @@ class CallResult(Message, frozen=True):
     """The answer to a Call. ``result`` is msgpack of the type the operation documents."""
 
     call_id: int
-    result: msgspec.Raw | None = None
+    result: bytes | None = None
     error: str | None = None  # set exactly when the operation failed
     error_kind: str = "EngineError"  # class of ipc.errors to raise for ``error``
 

@@ -89,6 +89,11 @@ class SignalWatch:
         """Readable while a signal waits to be taken."""
         return self._receiver.fileno()
 
+    def close(self) -> None:
+        """Close the descriptors; the handlers stay."""
+        self._receiver.close()
+        self._sender.close()
+
     def take(self) -> list[signal.Signals]:
         """The signals since the last call, oldest first."""
         try:
