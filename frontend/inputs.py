@@ -83,9 +83,12 @@ class InputProcessor:
         self._num_admitted = 0
         self._eos_token_ids, self._further_eos_token_ids = self._end_of_text_ids()
 
-    def tokenize(
-        self, text: str, params: SamplingParams, options: Mapping[str, Any] | None = None
-    ) -> list[int]:
+    def set_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Tokenise from now on with another tokenizer."""
+        self.tokenizer = tokenizer
+        self._eos_token_ids, self._further_eos_token_ids = self._end_of_text_ids()
+
+    def tokenize(self, text: str, options: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of a prompt's text.
 
         Raises:
@@ -123,7 +126,7 @@ class InputProcessor:
         prompt = prompt or parse_prompt(new.inputs)
         if prompt.token_ids is None:
             assert prompt.text is not None
-            prompt.token_ids = self.tokenize(prompt.text, params, new.tokenization_kwargs)
+            prompt.token_ids = self.tokenize(prompt.text, new.tokenization_kwargs)
         prompt_token_ids = self._check_prompt(prompt.token_ids, params)
         check_params(params, self._model_config.max_logprobs, self._limits.vocab_size)
         processors = resolve_processors(params.logits_processors)

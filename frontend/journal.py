@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import msgspec
 
 from ipc.errors import EngineGenerateError
-from ipc.messages import AddRequest, EngineOutput, ResumedBranch
+from ipc.messages import AddRequest, EngineOutput, ResumedBranch, TokenLogprobs
 
 
 @dataclass(slots=True)
@@ -34,7 +34,8 @@ class JournalEntry:
     epoch: int  # of the core that works on it; outputs of another one are not for us
     branches: list[JournalBranch]
     attempts: int = 1  # times the request was sent
-    has_prompt_logprobs: bool = False  # they were taken in: a second copy is not wanted
+    num_prompt_logprobs: int = 0  # prompt positions whose logprobs were taken in
+    num_repeated_prompt_logprobs: int = 0  # of those, how many the core will send once more
 
     @property
     def req_id(self) -> str:
@@ -61,10 +62,19 @@ class JournalEntry:
             return None
         return output.new_token_ids[num_known:]
 
+    def new_prompt_logprobs(self, output: EngineOutput) -> list[TokenLogprobs]:
+        """The prompt positions of ``output`` that were not taken in before."""
+        given = output.prompt_logprobs or []
+        num_skipped = min(self.num_repeated_prompt_logprobs, len(given))
+        self.num_repeated_prompt_logprobs -= num_skipped
+        self.num_prompt_logprobs += len(given) - num_skipped
+        return given[num_skipped:]
+
     def resume(self, epoch: int) -> AddRequest:
         """Move to another epoch: the message that makes its core continue this request."""
         self.epoch = epoch
         self.attempts += 1
+        self.num_repeated_prompt_logprobs = self.num_prompt_logprobs
         resumed = [
             ResumedBranch(branch.index, list(branch.token_ids), branch.is_finished)
             for branch in self.branches

@@ -20,7 +20,8 @@ from frontend.request_state import BranchState, RequestState
 from frontend.stat_loggers import FinishedRequestStats, IterationStats
 from frontend.stop_strings import StopStringMatcher
 from frontend.tokenizer import Tokenizer
-from ipc.errors import EngineGenerateError
+from ipc import errors
+from ipc.errors import EngineDeadError, EngineError, EngineGenerateError
 from ipc.messages import EngineOutput, EngineOutputs, FinishReason, LogitsRow
 from ipc.sampling_params import RequestOutputKind
 from ipc.tensors import Frames
@@ -59,6 +60,11 @@ class OutputProcessor:
     def open_request_ids(self) -> list[str]:
         """The callers' names of open requests, oldest first."""
         return list(self._req_ids)
+
+    def set_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Detokenise requests opened from now on with another tokenizer."""
+        self._tokenizer = tokenizer
+        self._logprob_decoder = LogprobDecoder(tokenizer)
 
     def check_is_free(self, request_id: str) -> None:
         """Raise KeyError when a request of that name is open."""
@@ -141,9 +147,15 @@ class OutputProcessor:
         self._end(state.req_id, FinishReason.ABORT, now_s)
         return True
 
-    def end_all(self, reason: FinishReason, now_s: float, error: str | None) -> list[RequestState]:
-        """End every open request; return them, oldest first."""
-        return [self._end(req_id, reason, now_s, error) for req_id in tuple(self._states)]
+    def fail_all(self, reason: str, now_s: float) -> list[RequestState]:
+        """The engine died: end every open request; return them, oldest first.
+
+        Each gets an error object of its own, as each will be raised in another task.
+        """
+        return [
+            self._end(req_id, FinishReason.ERROR, now_s, EngineDeadError(reason))
+            for req_id in tuple(self._states)
+        ]
 
     def _open_branch(self, admitted: AdmittedRequest, record: JournalBranch) -> BranchState:
         params = admitted.params
@@ -173,7 +185,7 @@ class OutputProcessor:
     ) -> bool:
         """One branch's gain; False when it says nothing new."""
         if output.finish_reason is FinishReason.ERROR:
-            self._fail(state, output.error or "the engine gave no reason", now_s, result)
+            self._fail(state, failure_of(output), now_s, result)
             return True
         branch = state.branches[output.index]
         last_token_s = branch.last_token_time_s
@@ -181,7 +193,7 @@ class OutputProcessor:
         try:
             num_new = state.update(output, now_s)
         except EngineGenerateError as err:
-            self._fail(state, str(err), now_s, result)
+            self._fail(state, err, now_s, result)
             return True
         if num_new is None:
             return False
@@ -209,23 +221,25 @@ class OutputProcessor:
             return
         if num_output > len(branch.record.token_ids):
             error = f"output tokens before position {row.position} were lost on the way"
-            self._fail(state, error, now_s, result)
+            self._fail(state, EngineGenerateError(error), now_s, result)
             return
         output_ids = branch.record.token_ids[:num_output]
         processors = self._processors.get(row.req_id, [])
         result.row_work.append(RowWork(row, frames, processors, prompt_ids, output_ids))
 
-    def _fail(self, state: RequestState, error: str, now_s: float, result: StepResult) -> None:
+    def _fail(
+        self, state: RequestState, failure: EngineError, now_s: float, result: StepResult
+    ) -> None:
         """End a request with an error; the core forgets what it may still have of it."""
-        state.end(FinishReason.ERROR, now_s, error)
+        state.end(FinishReason.ERROR, now_s, failure)
         result.failed_req_ids.append(state.req_id)
         self._forget(state)
 
     def _end(
-        self, req_id: str, reason: FinishReason, now_s: float, error: str | None = None
+        self, req_id: str, reason: FinishReason, now_s: float, failure: EngineError | None = None
     ) -> RequestState:
         state = self._states[req_id]
-        state.end(reason, now_s, error)
+        state.end(reason, now_s, failure)
         self._forget(state)
         return state
 
@@ -236,6 +250,14 @@ class OutputProcessor:
         self.journal.close(state.req_id)
         if self._log_stats:
             self._finished.append(summarise(state))
+
+
+def failure_of(output: EngineOutput) -> EngineError:
+    """The error that an output of reason ERROR stands for."""
+    kind = getattr(errors, output.error_kind, None)
+    if not (isinstance(kind, type) and issubclass(kind, EngineError)):
+        kind = EngineGenerateError
+    return kind(output.error or "the engine gave no reason")
 
 
 def summarise(state: RequestState) -> FinishedRequestStats:

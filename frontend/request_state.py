@@ -22,6 +22,7 @@ from frontend.outputs import (
     SampleLogprobs,
 )
 from frontend.stop_strings import StopStringMatcher
+from ipc.errors import EngineError
 from ipc.messages import EngineOutput, FinishReason
 from ipc.sampling_params import RequestOutputKind, SamplingParams
 
@@ -114,7 +115,7 @@ class RequestState:
     prompt_logprobs: PromptLogprobs | None = None
     num_cached_tokens: int | None = None
     num_unfinished: int = 0
-    error: str | None = None  # the request failed, and why
+    failure: EngineError | None = None  # why the request failed, as its caller is to be told
     is_news: bool = False
 
     @property
@@ -157,9 +158,9 @@ class RequestState:
         self.is_news = True
         return num_new
 
-    def end(self, reason: FinishReason, now_s: float, error: str | None = None) -> None:
+    def end(self, reason: FinishReason, now_s: float, failure: EngineError | None = None) -> None:
         """End every branch that still runs."""
-        self.error = error
+        self.failure = failure
         for branch in self.branches:
             if branch.finish_reason is None:
                 self._finish_branch(branch, reason, None, now_s)
@@ -190,7 +191,7 @@ class RequestState:
             metrics=self.metrics,
             lora_request=self.lora_request,
             num_cached_tokens=self.num_cached_tokens,
-            error=self.error,
+            error=None if self.failure is None else str(self.failure),
         )
 
     def _take_branch(self, branch: BranchState, index: int) -> CompletionOutput:
@@ -227,11 +228,12 @@ class RequestState:
             self.metrics.time_in_queue = scheduled_s - self.metrics.arrival_time
 
     def _note_prompt_logprobs(self, output: EngineOutput) -> None:
-        assert output.prompt_logprobs is not None
-        if not self.entry.has_prompt_logprobs:
-            self.entry.has_prompt_logprobs = True
-            decode = self.logprob_decoder.decode
-            self.prompt_logprobs = [None, *(decode(each) for each in output.prompt_logprobs)]
+        new = self.entry.new_prompt_logprobs(output)
+        if new:
+            if self.prompt_logprobs is None:
+                is_beginning = self.entry.num_prompt_logprobs == len(new)
+                self.prompt_logprobs = [None] if is_beginning else []
+            self.prompt_logprobs.extend(map(self.logprob_decoder.decode, new))
 
     def _note_tokens(self, branch: BranchState, num_new: int, now_s: float) -> None:
         metrics = self.metrics

@@ -1,0 +1,204 @@
+"""AsyncLLM's questions, control operations and refusals, apart to keep its own file short.
+
+Each function is a method: its first argument is the engine.
+"""
+
+import asyncio
+from typing import Any, NoReturn, Protocol
+
+from frontend.engine_setup import profile_directory
+from frontend.lora_request import LoRARequest
+from frontend.tokenizer import Tokenizer
+from ipc.config import DecodingConfig, EngineConfig, ModelConfig
+from ipc.errors import EngineDeadError, UnsupportedError
+from ipc.messages import (
+    AnyOperation,
+    CheckWorkers,
+    GetStats,
+    IsPaused,
+    IsSleeping,
+    PauseGeneration,
+    ResetPrefixCache,
+    ResumeGeneration,
+    SchedulerStats,
+    Sleep,
+    StartProfile,
+    StopProfile,
+    WakeUp,
+)
+
+HEALTH_TIMEOUT_S = 10.0
+PAUSE_MODES = ("abort", "wait", "keep")
+
+
+class Controlled(Protocol):
+    """What these methods need of their engine."""
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The tokenizer; None with ``skip_tokenizer_init``."""
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the engine was shut down, died or failed to start."""
+
+    @property
+    def dead_error(self) -> EngineDeadError:
+        """Why it is stopped."""
+
+    def log_stats(self) -> None:
+        """Make every stat logger write its line."""
+
+    async def call(self, operation: AnyOperation) -> Any:
+        """Run a control operation in the core."""
+
+    async def get_vllm_config(self) -> EngineConfig:
+        """The whole configuration, once it is known."""
+
+    async def wait_for_requests_to_drain(self, drain_timeout: float = ...) -> None:
+        """Return when every open request has ended."""
+
+
+async def check_health(self: Controlled) -> None:
+    """Return when every worker gives a sign of life.
+
+    Raises:
+        EngineDeadError: the engine stopped, or gave none within 10 s.
+    """
+    if self.is_stopped:
+        raise self.dead_error
+    try:
+        await asyncio.wait_for(self.call(CheckWorkers()), HEALTH_TIMEOUT_S)
+    except TimeoutError as err:
+        raise EngineDeadError(
+            f"the engine gave no sign of life within {HEALTH_TIMEOUT_S:g} s"
+        ) from err
+
+
+async def do_log_stats(self: Controlled) -> None:
+    """Make every stat logger write its line now."""
+    self.log_stats()
+
+
+async def get_tokenizer(self: Controlled, lora_request: LoRARequest | None = None) -> Tokenizer:
+    """The tokenizer; one for all adapters. ValueError with ``skip_tokenizer_init``."""
+    await self.get_vllm_config()
+    if self.tokenizer is None:
+        raise ValueError("the tokenizer was not loaded (skip_tokenizer_init)")
+    return self.tokenizer
+
+
+async def get_model_config(self: Controlled) -> ModelConfig:
+    """The model's configuration."""
+    return (await self.get_vllm_config()).model_config
+
+
+async def get_decoding_config(self: Controlled) -> DecodingConfig:
+    """The decoding configuration."""
+    return (await self.get_vllm_config()).decoding_config
+
+
+async def get_supported_tasks(self: Controlled) -> tuple[str, ...]:
+    """What this engine can do with its model."""
+    return ("generate",)
+
+
+async def pause_generation(
+    self: Controlled, *, mode: str = "abort", clear_cache: bool = True
+) -> None:
+    """Plan no more steps: "abort" ends open requests, "wait" finishes them, "keep" holds them.
+
+    Requests that arrive meanwhile wait for ``resume_generation``. The prefix cache is cleared
+    with ``clear_cache``, unless requests are kept.
+    """
+    if mode not in PAUSE_MODES:
+        raise ValueError(f"mode must be one of {', '.join(PAUSE_MODES)}, got {mode!r}")
+    await self.call(PauseGeneration(mode))
+    if mode == "wait":
+        await self.wait_for_requests_to_drain()
+    if clear_cache and mode != "keep":
+        await self.call(ResetPrefixCache())
+
+
+async def resume_generation(self: Controlled) -> None:
+    """Undo ``pause_generation``."""
+    await self.call(ResumeGeneration())
+
+
+async def is_paused(self: Controlled) -> bool:
+    """Whether generation is paused."""
+    return bool(await self.call(IsPaused()))
+
+
+async def sleep(self: Controlled, level: int = 1) -> None:
+    """Free device memory: level 1 keeps the weights on the host, level 2 drops them."""
+    await self.call(Sleep(level))
+
+
+async def wake_up(self: Controlled, tags: list[str] | None = None) -> None:
+    """Undo ``sleep``, as a whole."""
+    if tags is not None:
+        raise UnsupportedError("waking up in parts (tags) is not available", "tags")
+    await self.call(WakeUp())
+
+
+async def is_sleeping(self: Controlled) -> bool:
+    """Whether the engine sleeps."""
+    return bool(await self.call(IsSleeping()))
+
+
+async def reset_prefix_cache(self: Controlled) -> bool:
+    """Forget cached prefixes; False when blocks are still held."""
+    return bool(await self.call(ResetPrefixCache()))
+
+
+async def start_profile(self: Controlled, directory: str | None = None) -> None:
+    """Start the workers' profiler; traces go to ``directory``, or to ./profile."""
+    await self.call(StartProfile(profile_directory(directory)))
+
+
+async def stop_profile(self: Controlled) -> list[str]:
+    """Stop the profiler; the names of the trace files."""
+    return list(await self.call(StopProfile()))
+
+
+async def get_stats(self: Controlled) -> SchedulerStats:
+    """The scheduler's state now."""
+    stats: SchedulerStats = await self.call(GetStats())
+    return stats
+
+
+async def list_loras(self: Controlled) -> set[int]:
+    """Empty: there are no adapters in this version."""
+    return set()
+
+
+async def remove_lora(self: Controlled, lora_id: int) -> bool:
+    """False: there is no adapter to remove."""
+    return False
+
+
+async def refuse_lora(self: Controlled, *args: Any, **kwargs: Any) -> NoReturn:
+    """Refuse adapters."""
+    raise UnsupportedError("LoRA adapters are not available in this version")
+
+
+def refuse_pooling(self: Controlled, *args: Any, **kwargs: Any) -> NoReturn:
+    """Refuse pooling."""
+    raise UnsupportedError("pooling and embeddings are not available in this version")
+
+
+async def refuse_stepping(self: Controlled, *args: Any, **kwargs: Any) -> NoReturn:
+    """Refuse being driven by hand."""
+    raise UnsupportedError(
+        "an AsyncLLM cannot be stepped by hand: its engine runs in a process of its own; "
+        "LLMEngine.step() is for that"
+    )
+
+
+async def refuse_code(self: Controlled, *args: Any, **kwargs: Any) -> NoReturn:
+    """Refuse calls into the workers."""
+    raise UnsupportedError(
+        "collective_rpc is not available: calls to workers are typed operations, and no code "
+        "travels between processes"
+    )

@@ -1,0 +1,317 @@
+"""Requests over one asynchronous core client, in one event loop. AsyncLLM is its face.
+
+One message of the core is taken in by one call, for all streams; then each waiting consumer whose
+request moved is woken. A consumer that does not wait is not disturbed: what it has not taken yet
+merges in its request's state, so nothing queues.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from frontend.inputs import InputProcessor, NewRequest
+from frontend.logits_processors import RowWork, run_processors
+from frontend.output_processor import OutputProcessor
+from frontend.outputs import RequestOutput
+from frontend.prompts import ParsedPrompt, parse_prompt
+from frontend.request_state import RequestState
+from frontend.stat_loggers import StatLoggerGroup
+from frontend.tokenizer import Tokenizer
+from ipc.config import EngineConfig
+from ipc.errors import EngineDeadError, EngineError, EngineOverloadedError
+from ipc.messages import (
+    AbortBranches,
+    AbortRequests,
+    AnyOperation,
+    CoreToFrontend,
+    EngineFailed,
+    EngineOutputs,
+    FrontendToCore,
+    ProcessedLogits,
+    Welcome,
+)
+from ipc.sampling_params import RequestOutputKind
+from ipc.tensors import Frames
+
+LONG_TEXT_CHARS = 4096  # longer texts are tokenised beside the event loop
+
+logger = logging.getLogger(__name__)
+
+
+class AsyncClient(Protocol):
+    """What a session asks of its connection to a core."""
+
+    @property
+    def welcome(self) -> Welcome:
+        """The core's answer to the handshake."""
+
+    def start(
+        self,
+        on_message: Callable[[CoreToFrontend, Frames], None],
+        on_dead: Callable[[EngineDeadError], None],
+    ) -> None:
+        """Deliver messages from now on, in the running loop."""
+
+    def send(self, message: FrontendToCore, frames: Frames = ()) -> None:
+        """Send; never blocks. Raises EngineDeadError when there is no core any more."""
+
+    async def call(self, operation: AnyOperation) -> Any:
+        """Run a control operation."""
+
+    def close(self) -> None:
+        """Leave the core, and end it when it is ours. Harmless when repeated."""
+
+
+@dataclass(slots=True, eq=False)
+class StreamRecord:
+    """An open stream as the session knows it."""
+
+    state: RequestState
+    waiter: "asyncio.Future[None] | None" = None  # set while its consumer waits
+
+
+class OutputStream:
+    """A consumer's end of one request: an async iterator of its outputs.
+
+    Closing it, or dropping it, aborts a request that still runs.
+    """
+
+    def __init__(self, session: "AsyncSession", record: StreamRecord) -> None:
+        self._session = session
+        self._record = record
+        self._loop = asyncio.get_running_loop()
+
+    def __aiter__(self) -> "OutputStream":
+        return self
+
+    def __del__(self) -> None:
+        if self._session.knows(self._record) and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._session.leave, self._record)
+
+    @property
+    def request_id(self) -> str:
+        """The caller's name of the request."""
+        return self._record.state.request_id
+
+    @property
+    def state(self) -> RequestState:
+        """The request's state; for reading only."""
+        return self._record.state
+
+    @property
+    def finished(self) -> bool:
+        """Whether the request has ended; outputs may still be there to take."""
+        return self._record.state.is_finished
+
+    async def __anext__(self) -> RequestOutput:
+        """The next output.
+
+        Raises:
+            EngineGenerateError and its kin: this request failed.
+            EngineDeadError: the engine stopped.
+        """
+        record, state = self._record, self._record.state
+        while True:
+            output = state.take()
+            if state.failure is not None:
+                failure, state.failure = state.failure, None  # told once
+                self.close()
+                raise failure
+            if output is not None:
+                return output
+            if state.is_finished:
+                self.close()
+                raise StopAsyncIteration
+            record.waiter = self._loop.create_future()
+            try:
+                await record.waiter
+            finally:
+                record.waiter = None
+
+    def close(self) -> None:
+        """Leave: a request that still runs is aborted. Harmless when repeated."""
+        self._session.leave(self._record)
+
+
+class AsyncSession:
+    """Owns an asynchronous core client and the open streams on it.
+
+    Every stream that was opened ends: by its last output, by leaving it, or by the engine's
+    death, which reaches all of them in one call.
+    """
+
+    def __init__(
+        self,
+        client: AsyncClient,
+        config: EngineConfig,
+        tokenizer: Tokenizer | None,
+        stat_loggers: StatLoggerGroup,
+    ) -> None:
+        limits = client.welcome.limits
+        self._client = client
+        self._stat_loggers = stat_loggers
+        self._streams: dict[str, StreamRecord] = {}  # by req_id
+        self._max_open = limits.max_num_seqs + limits.max_waiting_requests
+        self._drains: list[tuple[list[str], asyncio.Future[None]]] = []  # req_ids waited for
+        self._thread: ThreadPoolExecutor | None = None  # made with the first slow task
+        self.dead: EngineError | None = None
+        self.inputs = InputProcessor(config.model_config, limits, tokenizer)
+        self.outputs = OutputProcessor(tokenizer, log_stats=bool(stat_loggers.loggers))
+        client.start(self.take_in, self.die)
+
+    async def open(self, new: NewRequest) -> OutputStream:
+        """Admit a request and send it.
+
+        Raises:
+            RequestError, UnsupportedError: it cannot be served as asked.
+            KeyError: its name is in use.
+            EngineOverloadedError: too much is in flight; nothing was sent.
+            EngineDeadError: there is no engine any more.
+        """
+        self._check_can_open(new)
+        prompt = parse_prompt(new.inputs)
+        if prompt.token_ids is None:
+            await self._tokenize(prompt, new)
+            self._check_can_open(new)  # the world went on meanwhile
+        admitted = self.inputs.admit(new, prompt)
+        self._client.send(admitted.message)
+        state = self.outputs.open(admitted, self._client.welcome.epoch)
+        record = self._streams[admitted.message.req_id] = StreamRecord(state)
+        return OutputStream(self, record)
+
+    def knows(self, record: StreamRecord) -> bool:
+        """Whether a stream is open still."""
+        return record.state.req_id in self._streams
+
+    def leave(self, record: StreamRecord) -> None:
+        """Forget a stream; a request that still runs is aborted in the core."""
+        req_id = record.state.req_id
+        if self._streams.pop(req_id, None) is None:
+            return
+        if self.outputs.close(record.state, time.time()):
+            self._send(AbortRequests([req_id]))
+            self._note_ended()
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """End requests by their names; their streams finish with reason "abort"."""
+        ended = self.outputs.abort(request_ids, time.time())
+        if ended:
+            self._send(AbortRequests([state.req_id for state in ended]))
+            self._wake(ended)
+            self._note_ended()
+
+    async def call(self, operation: AnyOperation) -> Any:
+        """Run a control operation in the core."""
+        self._check_alive()
+        return await self._client.call(operation)
+
+    def log_stats(self) -> None:
+        """Make every stat logger say what it has."""
+        self._stat_loggers.log()
+
+    async def wait_until_drained(self) -> None:
+        """Return when every request that is open now has ended."""
+        waited_for = list(self._streams)
+        if any(req_id in self.outputs.journal for req_id in waited_for):
+            future = asyncio.get_running_loop().create_future()
+            self._drains.append((waited_for, future))
+            await future
+
+    def take_in(self, message: CoreToFrontend, frames: Frames) -> None:
+        """Take in one message of the core."""
+        if isinstance(message, EngineFailed):
+            self.die(EngineDeadError(message.reason))
+            return
+        if not isinstance(message, EngineOutputs):
+            return
+        result = self.outputs.process(message, frames, time.time())
+        self._wake(result.moved)
+        if self._drains:
+            self._note_ended()
+        if result.stopped_branches:
+            self._send(AbortBranches(result.stopped_branches))
+        if result.failed_req_ids:
+            self._send(AbortRequests(result.failed_req_ids))
+        for work in result.row_work:
+            self._run_processors(work)
+        if result.iteration is not None:
+            self._stat_loggers.record(message.stats, result.iteration)
+
+    def die(self, error: EngineDeadError) -> None:
+        """The engine stopped: every open stream is told now."""
+        self.dead = self.dead or error
+        self._wake(self.outputs.fail_all(str(error), time.time()))
+        self._note_ended()
+
+    def close(self) -> None:
+        """Leave the core. Open streams get EngineDeadError. Harmless when repeated."""
+        if self.dead is None:
+            self.die(EngineDeadError("the engine was shut down"))
+        self._stat_loggers.close()
+        if self._thread is not None:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+        self._client.close()
+
+    async def _tokenize(self, prompt: ParsedPrompt, new: NewRequest) -> None:
+        """Fill in a prompt's ids, beside the event loop when that takes long."""
+        assert prompt.text is not None
+        options = new.tokenization_kwargs
+        if len(prompt.text) <= LONG_TEXT_CHARS:
+            prompt.token_ids = self.inputs.tokenize(prompt.text, options)
+        else:
+            prompt.token_ids = await asyncio.to_thread(self.inputs.tokenize, prompt.text, options)
+
+    def _wake(self, states: Iterable[RequestState]) -> None:
+        streams = self._streams
+        for state in states:
+            record = streams.get(state.req_id)
+            if record is None or record.waiter is None or record.waiter.done():
+                continue
+            if state.kind is not RequestOutputKind.FINAL_ONLY or state.is_finished:
+                record.waiter.set_result(None)
+
+    def _run_processors(self, work: RowWork) -> None:
+        """Run the user's code in a thread of its own; one, so that rows stay in order."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "logits-processors")
+        loop = asyncio.get_running_loop()
+        future = loop.run_in_executor(self._thread, run_processors, work)
+        future.add_done_callback(self._send_processed)
+
+    def _send_processed(self, future: "asyncio.Future[tuple[ProcessedLogits, Frames]]") -> None:
+        if not future.cancelled() and self.dead is None:
+            self._send(*future.result())
+
+    def _send(self, message: FrontendToCore, frames: Frames = ()) -> None:
+        """Send what nobody waits for; a core that is gone has nothing to be told."""
+        try:
+            if self.dead is None:
+                self._client.send(message, frames)
+        except EngineError as err:
+            logger.warning("could not tell the engine: %s", err)
+
+    def _check_can_open(self, new: NewRequest) -> None:
+        self._check_alive()
+        self.outputs.check_is_free(new.request_id)
+        if len(self._streams) >= self._max_open:
+            raise EngineOverloadedError(
+                f"{len(self._streams)} requests are in flight, at most {self._max_open}"
+            )
+
+    def _check_alive(self) -> None:
+        if self.dead is not None:
+            raise EngineDeadError(str(self.dead)) from self.dead
+
+    def _note_ended(self) -> None:
+        """Tell those who wait for requests to end, as far as these have."""
+        waiting = []
+        for req_ids, future in self._drains:
+            if any(req_id in self.outputs.journal for req_id in req_ids):
+                waiting.append((req_ids, future))
+            elif not future.done():
+                future.set_result(None)
+        self._drains = waiting

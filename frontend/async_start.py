@@ -1,0 +1,156 @@
+"""How an AsyncLLM comes to its engine: by starting one, or by attaching to one that runs.
+
+Outside an event loop starting waits until the engine is ready. Inside a running loop it only
+prepares; the waiting is done by ``connect``, while other tasks run.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from frontend.async_session import AsyncClient, AsyncSession
+from frontend.engine_setup import (
+    assemble_config,
+    load_engine_tokenizer,
+    make_stat_loggers,
+    with_executor_path,
+)
+from frontend.launcher import Launch
+from frontend.stat_loggers import StatLoggerFactory
+from frontend.tokenizer import Tokenizer
+from ipc.config import EngineConfig, ParallelConfig, decode_config
+
+Connector = Callable[[], Awaitable[AsyncClient]]
+
+# What the 2024 constructor takes by position, after its first two arguments.
+POSITIONAL_NAMES = (
+    "model_config",
+    "cache_config",
+    "parallel_config",
+    "scheduler_config",
+    "device_config",
+    "load_config",
+    "lora_config",
+    "vision_language_config",
+    "speculative_config",
+    "decoding_config",
+    "executor_class",
+    "log_stats",
+    "usage_context",
+)
+
+
+@dataclass(slots=True)
+class EngineStart:
+    """The way to one engine, and what is made of its connection."""
+
+    connector: Connector
+    config: EngineConfig | None  # None: the engine will say
+    stat_loggers: Sequence[StatLoggerFactory] | None
+    log_stats: bool
+    launch: Launch | None = None  # an engine that was started already and is not connected yet
+    tokenizer: Tokenizer | None = None  # set with ``config``
+    session: AsyncSession | None = None  # set by ``connect``
+
+    async def connect(self) -> AsyncSession:
+        """Connect, in the running loop; from then on config, tokenizer and session are set.
+
+        Raises:
+            ConfigError, EngineStartError, ProtocolError: there is no engine to be had.
+        """
+        client = await self.connector()
+        try:
+            if self.config is None:
+                self.config = decode_config(client.welcome.config)
+                self.tokenizer = await asyncio.to_thread(load_engine_tokenizer, self.config)
+            loggers = make_stat_loggers(self.config, self.stat_loggers, log_stats=self.log_stats)
+            self.session = AsyncSession(client, self.config, self.tokenizer, loggers)
+        except BaseException:
+            client.close()
+            raise
+        self.launch = None  # belongs to the client from now on
+        return self.session
+
+    def close(self) -> None:
+        """End the engine, connected or not. Harmless when repeated."""
+        if self.session is not None:
+            self.session.close()
+        if self.launch is not None:
+            self.launch.terminate()
+            self.launch = None
+
+
+def start_engine(options: dict[str, Any]) -> EngineStart:
+    """Start an engine of our own; outside an event loop, return when it is ready.
+
+    Args:
+        options: what the constructors of engines take, by name.
+
+    Raises:
+        ConfigError: a value cannot work; nothing was started.
+        EngineStartError: it cannot start. Inside an event loop ``connect`` raises it.
+    """
+    from frontend.core_client import AsyncCoreClient
+
+    sub_configs = options.copy()
+    executor_class = sub_configs.pop("executor_class", None)
+    log_stats = bool(sub_configs.pop("log_stats", False))
+    stat_loggers = sub_configs.pop("stat_loggers", None)
+    sub_configs.pop("usage_context", None)  # a label, of which nothing depends
+    config = assemble_config(sub_configs.pop("vllm_config", None), sub_configs)
+    config = with_executor_path(config, executor_class)
+    tokenizer = load_engine_tokenizer(config)
+    if is_in_event_loop():
+        launch = None
+        connector: Connector = lambda: AsyncCoreClient.launch(config)  # noqa: E731
+    else:
+        launch = Launch(config)
+        launch.wait_ready()
+        connector = lambda: AsyncCoreClient.attach(launch)  # noqa: E731
+    return EngineStart(connector, config, stat_loggers, log_stats, launch, tokenizer)
+
+
+def attach_to_engine(
+    address: str, keys: Any, stat_loggers: Sequence[StatLoggerFactory] | None, *, log_stats: bool
+) -> EngineStart:
+    """The way to a running engine."""
+    from frontend.core_client import AsyncCoreClient
+
+    return EngineStart(lambda: AsyncCoreClient.attach(address, keys), None, stat_loggers, log_stats)
+
+
+def name_arguments(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The engine's arguments by name, from the two ways of passing them."""
+    if len(args) > len(POSITIONAL_NAMES):
+        raise TypeError(f"at most {len(POSITIONAL_NAMES) + 2} positional arguments")
+    named = dict(zip(POSITIONAL_NAMES, args, strict=False))
+    twice = sorted(named.keys() & kwargs.keys())
+    if twice:
+        raise TypeError(f"got {', '.join(twice)} by position and by keyword")
+    return named | kwargs
+
+
+def with_ray_workers(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with the backend that ``worker_use_ray`` asks for."""
+    whole: EngineConfig | None = kwargs.get("vllm_config")
+    parallel_config: ParallelConfig | None = (
+        kwargs.get("parallel_config") if whole is None else whole.parallel_config
+    )
+    parallel_config = replace(
+        parallel_config or ParallelConfig(),
+        worker_use_ray=True,
+        distributed_executor_backend="ray",
+    )
+    if whole is None:
+        return kwargs | {"parallel_config": parallel_config}
+    return kwargs | {"vllm_config": replace(whole, parallel_config=parallel_config)}
+
+
+def is_in_event_loop() -> bool:
+    """Whether this thread runs an event loop right now."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
