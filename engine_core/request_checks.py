@@ -1,0 +1,183 @@
+"""Whether a request can be served at all. The frontend checks too; the core trusts no frontend.
+
+Everything that would break a worker or the scheduler is refused here, and every size is capped,
+so that no single request can exhaust the core. Each refusal names the field and the numbers.
+"""
+
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ipc.errors import RequestError, UnsupportedError
+from ipc.messages import AddRequest
+from ipc.sampling_params import SamplingParams
+
+MAX_BRANCHES = 128
+MAX_NAME_CHARS = 256  # request ids and cache salts
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 256
+MAX_TOKEN_LIST = 1024  # stop_token_ids, logit_bias, bad_words
+MAX_PROMPT_LOGPROBS = 1 << 22  # log-probabilities in one answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestLimits:
+    """What this core can serve."""
+
+    vocab_size: int
+    max_model_len: int
+    max_logprobs: int  # -1: no limit but the vocabulary
+    num_usable_blocks: int
+    block_size: int
+
+
+def check_request(request: AddRequest, limits: RequestLimits) -> None:
+    """Raise unless ``request`` can be served.
+
+    Raises:
+        RequestError: says what to change.
+        UnsupportedError: a feature that does not exist in this version.
+    """
+    _check_features(request)
+    _check_names(request)
+    _check_prompt(request, limits)
+    _check_params(request.params, limits)
+    _check_token_lists(request, limits.vocab_size)
+    _check_resumed(request, limits)
+
+
+def _check_features(request: AddRequest) -> None:
+    if request.lora is not None:
+        raise UnsupportedError("LoRA adapters are not supported by this version", "lora")
+    if request.params.use_beam_search:
+        raise UnsupportedError(
+            "beam search does not run inside the engine core of this version", "use_beam_search"
+        )
+    if request.params.structured_outputs is not None:
+        raise UnsupportedError(
+            "structured outputs are not supported by this version", "structured_outputs"
+        )
+    if request.params.logits_processors:
+        raise RequestError(
+            "logits processors stay in the client's process; set has_logits_processors",
+            "logits_processors",
+        )
+
+
+def _check_names(request: AddRequest) -> None:
+    for name, value in (("req_id", request.req_id), ("cache_salt", request.cache_salt)):
+        if value is None:
+            continue
+        if not 1 <= len(value) <= MAX_NAME_CHARS or not value.isprintable():
+            raise RequestError(
+                f"{name} must have 1 to {MAX_NAME_CHARS} printable characters, got {len(value)}"
+                f"{'' if value.isprintable() else ', some not printable'}",
+                name,
+            )
+
+
+def _check_prompt(request: AddRequest, limits: RequestLimits) -> None:
+    num_tokens = len(request.prompt_token_ids)
+    if num_tokens == 0:
+        raise RequestError("the prompt must not be empty", "prompt")
+    if num_tokens >= limits.max_model_len:
+        raise RequestError(
+            f"the prompt has {num_tokens} tokens, which leaves no room for output: a request may "
+            f"have {limits.max_model_len} tokens in all (the KV cache has "
+            f"{limits.num_usable_blocks} blocks of {limits.block_size} tokens)",
+            "prompt",
+        )
+    _check_ids("prompt", request.prompt_token_ids, limits.vocab_size)
+
+
+def _check_params(params: SamplingParams, limits: RequestLimits) -> None:
+    if params.seed is None:
+        raise RequestError("seed must be set: the frontend draws one at admission", "seed")
+    if max(params.n, params.num_branches) > MAX_BRANCHES:
+        raise RequestError(
+            f"n and best_of must be at most {MAX_BRANCHES}, got {params.num_branches}", "n"
+        )
+    for name, count in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
+        _check_num_logprobs(name, count, limits)
+    if params.prompt_logprobs is not None:
+        per_token = params.prompt_logprobs if params.prompt_logprobs >= 0 else limits.vocab_size
+        total = (per_token + 1) * limits.max_model_len
+        if params.prompt_logprobs < 0 and total > MAX_PROMPT_LOGPROBS:
+            raise RequestError(
+                f"prompt_logprobs=-1 may give {total} values, "
+                f"more than {MAX_PROMPT_LOGPROBS}; ask for fewer",
+                "prompt_logprobs",
+            )
+    stops = params.stop_strings
+    if len(stops) > MAX_STOP_STRINGS or any(len(text) > MAX_STOP_CHARS for text in stops):
+        raise RequestError(
+            f"stop may hold {MAX_STOP_STRINGS} strings of {MAX_STOP_CHARS} characters, "
+            f"got {len(stops)}, the longest of {max(map(len, stops))}",
+            "stop",
+        )
+
+
+def _check_num_logprobs(name: str, count: int | None, limits: RequestLimits) -> None:
+    if count is None or limits.max_logprobs == -1:
+        return
+    if count == -1:
+        count = limits.vocab_size
+    if count > limits.max_logprobs:
+        raise RequestError(
+            f"{name} must be at most {limits.max_logprobs} (--max-logprobs), got {count}", name
+        )
+
+
+def _check_token_lists(request: AddRequest, vocab_size: int) -> None:
+    params = request.params
+    sizes = (
+        ("stop_token_ids", len(params.stop_token_ids or ())),
+        ("logit_bias", len(params.logit_bias or ())),
+        ("bad_words", sum(map(len, request.bad_words_token_ids))),
+        ("eos_token_ids", len(request.eos_token_ids)),
+    )
+    for name, size in sizes:
+        if size > MAX_TOKEN_LIST:
+            raise RequestError(f"{name} may hold {MAX_TOKEN_LIST} tokens, got {size}", name)
+    if len(params.allowed_token_ids or ()) > vocab_size:
+        raise RequestError(
+            f"allowed_token_ids may hold {vocab_size} tokens, "
+            f"got {len(params.allowed_token_ids or ())}",
+            "allowed_token_ids",
+        )
+    _check_ids("allowed_token_ids", params.allowed_token_ids or (), vocab_size)
+    _check_ids("logit_bias", params.logit_bias or (), vocab_size)
+
+
+def _check_resumed(request: AddRequest, limits: RequestLimits) -> None:
+    seen = set()
+    for branch in request.resumed:
+        if not 0 <= branch.index < request.params.num_branches or branch.index in seen:
+            raise RequestError(
+                f"resumed branch {branch.index} is not one of {request.params.num_branches}, "
+                f"or is there twice",
+                "resumed",
+            )
+        seen.add(branch.index)
+        num_tokens = len(request.prompt_token_ids) + len(branch.token_ids)
+        if num_tokens > limits.max_model_len:
+            raise RequestError(
+                f"resumed branch {branch.index} has {num_tokens} tokens, "
+                f"more than {limits.max_model_len}",
+                "resumed",
+            )
+        _check_ids("resumed", branch.token_ids, limits.vocab_size)
+
+
+def _check_ids(name: str, token_ids: Iterable[int], vocab_size: int) -> None:
+    """Refuse what is not a token id. The array makes one pass in C, and refuses other types."""
+    try:
+        ids = array("I", token_ids)
+    except (TypeError, OverflowError) as err:
+        raise RequestError(
+            f"{name} must hold token ids between 0 and {vocab_size - 1}: {err}", name
+        ) from err
+    if ids and max(ids) >= vocab_size:
+        raise RequestError(
+            f"{name} must hold token ids between 0 and {vocab_size - 1}, got {max(ids)}", name
+        )
