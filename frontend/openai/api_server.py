@@ -3,10 +3,8 @@
 Knows nothing of sockets, signals or start-up (``server.py``), nor how an answer is made.
 """
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import msgspec
@@ -15,11 +13,11 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import RedirectResponse
 from starlette.exceptions import HTTPException
-from starlette.middleware.base import BaseHTTPMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
 from frontend import __version__
+from frontend.metrics import render_metrics
 from frontend.openai.auth import Authentication
 from frontend.openai.chat import create_chat_completion
 from frontend.openai.completions import create_completion
@@ -42,9 +40,9 @@ from frontend.openai.protocol import (
 )
 from frontend.openai.state import ServerState
 from frontend.openai.tokens import detokenize, tokenize
-from ipc.errors import ConfigError, EngineError
+from frontend.openai.user_middleware import UserMiddleware
+from ipc.errors import EngineError
 
-METRICS_TYPE = "text/plain; version=0.0.4"
 BODIES: tuple[type[msgspec.Struct], ...] = (
     CompletionRequest,
     ChatCompletionRequest,
@@ -66,16 +64,11 @@ class CorsOptions:
 
 
 def build_app(
-    state: ServerState, cors: CorsOptions | None = None, middleware: Sequence[str] = ()
+    state: ServerState,
+    cors: CorsOptions | None = None,
+    middleware: Sequence[UserMiddleware] = (),
 ) -> FastAPI:
-    """The application on a ready engine.
-
-    Args:
-        middleware: import paths of the user's own, the last one outermost.
-
-    Raises:
-        ConfigError: a middleware that cannot be imported, or is neither class nor coroutine.
-    """
+    """The application on a ready engine. The user's own middleware is outermost."""
     app = FastAPI(title="Heliograph", version=__version__, redirect_slashes=False, redoc_url=None)
     app.state.server = state
     app.include_router(router)
@@ -97,29 +90,9 @@ def build_app(
         allow_headers=cors.allowed_headers,
     )
     app.add_middleware(Envelope, state=state)
-    for path in middleware:
-        add_user_middleware(app, path)
+    for own in middleware:
+        own.add_to(app)
     return app
-
-
-def add_user_middleware(app: FastAPI, path: str) -> None:
-    """Add a class as ASGI middleware, or a coroutine function as HTTP middleware.
-
-    Raises:
-        ConfigError: neither, or not importable.
-    """
-    module, _, name = path.rpartition(".")
-    try:
-        found = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as err:
-        raise ConfigError(f"--middleware {path!r} cannot be imported: {err}") from err
-    factory: Any = found
-    if inspect.isclass(found):
-        app.add_middleware(factory)
-    elif inspect.iscoroutinefunction(found):
-        app.add_middleware(BaseHTTPMiddleware, dispatch=found)
-    else:
-        raise ConfigError(f"--middleware {path!r} must be a class or a coroutine function")
 
 
 def describe(app: FastAPI) -> dict[str, Any]:
@@ -206,8 +179,14 @@ async def health(request: Request) -> Response:
     return Response()
 
 
-@router.api_route("/ping", methods=["GET", "POST"])
+@router.get("/ping")
 async def ping(request: Request) -> Response:
+    """As /health."""
+    return await health(request)
+
+
+@router.post("/ping")
+async def post_ping(request: Request) -> Response:
     """As /health."""
     return await health(request)
 
@@ -225,11 +204,10 @@ async def load(request: Request) -> Response:
 
 
 @router.get("/metrics")
-async def metrics() -> Response:
-    """Everything Prometheus scrapes."""
-    from frontend.metrics import render_metrics
-
-    return Response(render_metrics(), media_type=METRICS_TYPE)
+async def metrics(request: Request) -> Response:
+    """What Prometheus scrapes."""
+    body, content_type = render_metrics(_state(request).metrics)
+    return Response(body, headers={"Content-Type": content_type})
 
 
 @router.get("/", include_in_schema=False)

@@ -2,8 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -113,38 +112,25 @@ def make_jobs(
     ]
 
 
-def start(state: ServerState, job: Job) -> AsyncGenerator[RequestOutput, None]:
-    """The engine's stream for a job. Nothing happens before the first ``__anext__``."""
-    options: dict[str, Any] = {}
-    if isinstance(job.prompt, str):
-        inputs: dict[str, Any] = {"prompt": job.prompt}
-        if not job.add_special_tokens:
-            options["tokenization_kwargs"] = {"add_special_tokens": False}
-    else:
-        inputs = {"prompt_token_ids": job.prompt}
-    return state.engine.generate(
-        inputs,
-        job.params,
-        job.req_id,
-        priority=job.priority,
-        cache_salt=job.cache_salt,
-        **options,
-    )
-
-
 async def consume(
     state: ServerState, job: Job, take: Callable[[RequestOutput], Awaitable[None]]
 ) -> None:
     """Give every output of a job to ``take``. Leaving early, for any reason, aborts it."""
+    options: dict[str, Any] = {"priority": job.priority, "cache_salt": job.cache_salt}
+    inputs: dict[str, Any] = {"prompt_token_ids": job.prompt}
+    if isinstance(job.prompt, str):
+        inputs = {"prompt": job.prompt}
+        options["tokenization_kwargs"] = {"add_special_tokens": job.add_special_tokens}
+    stream = await state.engine.add_request(job.req_id, inputs, job.params, **options)
     state.open_req_ids.add(job.req_id)
     try:
-        async with aclosing(start(state, job)) as outputs:
-            async for output in outputs:
-                if output.error is not None:
-                    raise EngineGenerateError(output.error)
-                await take(output)
-    finally:
+        async for output in stream:
+            if output.error is not None:
+                raise EngineGenerateError(output.error)
+            await take(output)
+    finally:  # no await here: clean-up must also work while being cancelled
         state.open_req_ids.discard(job.req_id)
+        stream.close()
 
 
 async def run_all(work: Sequence[Awaitable[T]]) -> list[T]:

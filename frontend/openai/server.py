@@ -1,7 +1,6 @@
 """The server process: socket, engine, signals, exit codes.
 
-Exit codes: 0 a clean stop, 2 a configuration that cannot work, 3 a start that failed, 4 or 5 a
-dead engine core or worker that was given up.
+It ends with ``ipc.errors.ExitCode``: clean after a signal, else why the engine was given up.
 """
 
 import asyncio
@@ -12,23 +11,25 @@ import signal
 import socket
 import ssl
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
+from prometheus_client import CollectorRegistry
 
 from frontend.openai.api_server import CorsOptions, build_app
 from frontend.openai.http_protocol import BoundedHttpProtocol
 from frontend.openai.state import ServerOptions, ServerState, make_state
-from ipc.errors import ConfigError, EngineError, EngineStartError
+from frontend.openai.user_middleware import UserMiddleware
+from ipc.errors import ConfigError, EngineStartError
 
 if TYPE_CHECKING:
     from frontend.async_llm import AsyncLLM
 
 logger = logging.getLogger(__name__)
 
-EXIT_CONFIG, EXIT_START, EXIT_CORE_DIED = 2, 3, 4
 BACKLOG = 2048
 GRACE_AFTER_DRAIN_S = 5.0
 GRACE_AFTER_DEATH_S = 1.0  # open requests still get their error
@@ -49,7 +50,7 @@ class ListenOptions:
     access_log: bool = True
     shutdown_timeout: float = 30.0
     cors: CorsOptions = field(default_factory=CorsOptions)
-    middleware: tuple[str, ...] = ()
+    middleware: tuple[UserMiddleware, ...] = ()
 
 
 def bind(options: ListenOptions) -> socket.socket:
@@ -150,21 +151,25 @@ class HttpServer(uvicorn.Server):
         if self._dead_since is None:
             self._dead_since = now
             error = self._state.engine.dead_error
-            self.exit_code = getattr(error, "exit_code", None) or EXIT_CORE_DIED
+            self.exit_code = int(error.exit_code)
             logger.error("the engine is dead: %s", error)
         elif now > self._dead_since + GRACE_AFTER_DEATH_S:
             self.should_exit = True
 
 
 async def serve(
-    engine: "AsyncLLM", listener: socket.socket, options: ServerOptions, listen: ListenOptions
+    engine: "AsyncLLM",
+    listener: socket.socket,
+    metrics: CollectorRegistry,
+    options: ServerOptions,
+    listen: ListenOptions,
 ) -> int:
     """Wait for the engine, serve until a signal or the engine's death; the exit code."""
     is_clean = False
     try:
         if not await _ready_or_signal(engine):
             return 0
-        state = make_state(engine, options, created=int(time.time()))
+        state = make_state(engine, options, metrics, created=int(time.time()))
         app = build_app(state, listen.cors, listen.middleware)
         server = HttpServer(uvicorn_config(app, listen), state, listen.shutdown_timeout)
         gc.collect()
@@ -195,17 +200,33 @@ async def _ready_or_signal(engine: "AsyncLLM") -> bool:
     return True
 
 
-def uvicorn_config(app: Any, listen: ListenOptions) -> uvicorn.Config:
-    """uvicorn's configuration.
+def check_certificates(listen: ListenOptions) -> None:
+    """Load what the TLS flags name, before an engine is started.
 
     Raises:
         ConfigError: certificates that cannot be used.
     """
-    config = uvicorn.Config(
+    if not (listen.ssl_keyfile or listen.ssl_certfile):
+        return
+    if not listen.ssl_certfile:
+        raise ConfigError("--ssl-keyfile needs --ssl-certfile")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(listen.ssl_certfile, listen.ssl_keyfile)
+        if listen.ssl_ca_certs:
+            context.load_verify_locations(listen.ssl_ca_certs)
+    except OSError as err:  # ssl.SSLError is one
+        raise ConfigError(f"--ssl-keyfile, --ssl-certfile or --ssl-ca-certs: {err}") from err
+
+
+def uvicorn_config(app: Any, listen: ListenOptions) -> uvicorn.Config:
+    """uvicorn's configuration."""
+    return uvicorn.Config(
         app,
         http=BoundedHttpProtocol,
         ws="none",
         loop="auto",
+        log_config=None,  # its lines go where this process's lines go
         log_level=listen.uvicorn_log_level,
         access_log=listen.access_log,
         ssl_keyfile=listen.ssl_keyfile,
@@ -217,23 +238,26 @@ def uvicorn_config(app: Any, listen: ListenOptions) -> uvicorn.Config:
         timeout_graceful_shutdown=int(GRACE_AFTER_DRAIN_S),
         server_header=False,
     )
-    try:
-        config.load()
-    except (OSError, ssl.SSLError, ValueError) as err:
-        raise ConfigError(f"--ssl-keyfile, --ssl-certfile or --ssl-ca-certs: {err}") from err
-    return config
 
 
-def run(make_engine: Any, options: ServerOptions, listen: ListenOptions) -> int:
-    """Bind, start the engine, serve; the exit code. ``make_engine`` is called in the event loop."""
-    try:
-        listener = bind(listen)
-    except EngineError as err:
-        logger.error("%s", err)
-        return EXIT_START
+def run(
+    make_engine: Callable[[CollectorRegistry], "AsyncLLM"],
+    options: ServerOptions,
+    listen: ListenOptions,
+) -> int:
+    """Bind, start the engine, serve; the exit code.
+
+    Args:
+        make_engine: called in the event loop with the registry that its metrics go to.
+
+    Raises:
+        EngineError: the start failed; nothing is left behind.
+    """
+    listener = bind(listen)
 
     async def start_and_serve() -> int:
-        return await serve(make_engine(), listener, options, listen)
+        metrics = CollectorRegistry()
+        return await serve(make_engine(metrics), listener, metrics, options, listen)
 
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:

@@ -10,6 +10,8 @@ from ipc.config import ModelConfig
 from ipc.errors import ConfigError, RequestError
 
 if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
     from frontend.async_llm import AsyncLLM
     from frontend.tokenizer import Tokenizer
 
@@ -49,6 +51,7 @@ class ServerState:
     model_config: ModelConfig
     tokenizer: "Tokenizer | None"
     options: ServerOptions
+    metrics: "CollectorRegistry"
     created: int  # unix time of the start, shown by /v1/models
     chat_template: str | None = None
     chat_defaults: dict[str, Any] = field(default_factory=lambda: dict(CHAT_DEFAULTS))
@@ -96,8 +99,10 @@ class ServerState:
         return self.tokenizer
 
 
-def make_state(engine: "AsyncLLM", options: ServerOptions, *, created: int) -> ServerState:
-    """The state of a server on a ready engine."""
+def make_state(
+    engine: "AsyncLLM", options: ServerOptions, metrics: "CollectorRegistry", *, created: int
+) -> ServerState:
+    """The state of a server on a ready engine. ``metrics`` is what the engine's loggers fill."""
     model_config = engine.vllm_config.model_config
     tokenizer = None if model_config.skip_tokenizer_init else engine.tokenizer
     template = options.chat_template
@@ -108,6 +113,7 @@ def make_state(engine: "AsyncLLM", options: ServerOptions, *, created: int) -> S
         model_config=model_config,
         tokenizer=tokenizer,
         options=options,
+        metrics=metrics,
         created=created,
         chat_template=template,
         chat_defaults=chat_defaults(model_config.generation_config, options.generation_config),

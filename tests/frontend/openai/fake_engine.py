@@ -1,12 +1,14 @@
 """A scripted stand-in for AsyncLLM, one token per character, and a client for the application."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
 
 from frontend.openai.api_server import build_app
 from frontend.openai.state import ServerOptions, ServerState, make_state
@@ -96,10 +98,16 @@ class FakeEngine:
     def shutdown(self, timeout: float | None = None) -> None:
         self.has_been_shut_down = True
 
+    async def add_request(
+        self, request_id: str, inputs: dict[str, Any], params: SamplingParams, **options: Any
+    ) -> "FakeStream":
+        self.calls.append(Call(inputs, params, request_id, options))
+        self._prompt(inputs, options)
+        return FakeStream(self.generate(inputs, params, request_id, **options))
+
     async def generate(
         self, inputs: dict[str, Any], params: SamplingParams, request_id: str, **options: Any
     ) -> AsyncGenerator[RequestOutput, None]:
-        self.calls.append(Call(inputs, params, request_id, options))
         prompt, prompt_ids = self._prompt(inputs, options)
         self.num_open += 1
         has_finished = False
@@ -171,6 +179,23 @@ class FakeEngine:
         return [None, *(_position(i) for i in ids[1:])]
 
 
+class FakeStream:
+    """The engine's stream: an iterator that can be left without awaiting anything."""
+
+    def __init__(self, outputs: AsyncGenerator[RequestOutput, None]) -> None:
+        self._outputs = outputs
+
+    def __aiter__(self) -> "FakeStream":
+        return self
+
+    async def __anext__(self) -> RequestOutput:
+        return await anext(self._outputs)
+
+    def close(self) -> None:
+        with contextlib.suppress(StopIteration, GeneratorExit):
+            self._outputs.aclose().send(None)
+
+
 def _position(token_id: int) -> dict[int, Logprob]:
     """The chosen token second best, at -1; a rival in front; the third out of every top 2."""
     return {
@@ -185,7 +210,7 @@ def make_server(
 ) -> tuple[FakeEngine, ServerState, FastAPI]:
     """A fake engine, and the application on it."""
     engine = engine or FakeEngine()
-    state = make_state(engine, ServerOptions(**options), created=7)  # type: ignore[arg-type]
+    state = make_state(engine, ServerOptions(**options), CollectorRegistry(), created=7)  # type: ignore[arg-type]
     return engine, state, build_app(state)
 
 

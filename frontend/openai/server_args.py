@@ -1,0 +1,198 @@
+"""The command line of the server: its own flags, and from them its options.
+
+Everything that can be refused without an engine is refused here, before one is started.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import frontend
+from frontend.chat_template import load_template
+from frontend.engine_args import AsyncEngineArgs
+from frontend.openai.api_server import CorsOptions
+from frontend.openai.server import ListenOptions
+from frontend.openai.state import ServerOptions
+from frontend.openai.user_middleware import load_middleware
+from ipc.errors import ConfigError
+
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical", "trace")
+BUNDLED_MODEL = Path(frontend.__file__).parents[1] / "scripts" / "demo_models" / "tiny"
+
+
+def add_server_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the HTTP server."""
+    group = parser.add_argument_group("server")
+    add = group.add_argument
+    add("--host", help="address to listen on; unset: all")
+    add("--port", type=int, default=8000, help="port to listen on, taken before the model loads")
+    add("--uds", metavar="PATH", help="listen on a Unix socket instead of a port")
+    add(
+        "--uvicorn-log-level",
+        choices=LOG_LEVELS,
+        default="info",
+        help="least severe log lines that are written",
+    )
+    add("--disable-access-log", action="store_true", help="write no line per HTTP request")
+    add("--allow-credentials", action="store_true", help="CORS: allow credentials")
+    for name in ("origins", "methods", "headers"):
+        add(
+            f"--allowed-{name}",
+            type=_json_strings,
+            default=("*",),
+            metavar="JSON",
+            help=f"CORS: allowed {name}, a JSON list",
+        )
+    add(
+        "--api-key",
+        action="append",
+        metavar="KEY",
+        help="key that requests must bear; may be given several times",
+    )
+    add("--lora-modules", nargs="+", metavar="NAME=PATH", help="adapters (not in this version)")
+    add("--chat-template", metavar="TEMPLATE", help="Jinja file, or the template itself")
+    add(
+        "--trust-request-chat-template",
+        action="store_true",
+        help="let requests bring chat templates; each renders in a process of its own",
+    )
+    add("--response-role", default="assistant", help="role of generated messages")
+    add("--root-path", default="", help="path prefix behind a proxy")
+    add(
+        "--middleware",
+        action="append",
+        default=[],
+        metavar="MODULE.NAME",
+        help="ASGI middleware class, or HTTP middleware coroutine function; repeatable",
+    )
+    add("--strict-fields", action="store_true", help="refuse unknown request fields")
+    add(
+        "--generation-config",
+        choices=("auto", "vllm"),
+        default="auto",
+        help="where absent sampling fields of chats come from: the checkpoint's "
+        "generation_config.json, or the API's defaults alone",
+    )
+    add(
+        "--shutdown-timeout",
+        type=_seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long open requests may go on after a signal to stop",
+    )
+    add("--attach", metavar="ADDRESS", help="use the running engine at this address")
+    add("--attach-keys", metavar="DIR", help="key directory for a tcp:// engine")
+    _add_ssl_flags(parser)
+
+
+def _add_ssl_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("TLS").add_argument
+    add("--ssl-keyfile", metavar="FILE", help="private key")
+    add("--ssl-certfile", metavar="FILE", help="certificate")
+    add("--ssl-ca-certs", metavar="FILE", help="authorities that client certificates come from")
+    add(
+        "--ssl-cert-reqs",
+        type=int,
+        choices=(0, 1, 2),
+        default=0,
+        help="client certificates: 0 none, 1 optional, 2 required",
+    )
+
+
+def make_parser(prog: str) -> argparse.ArgumentParser:
+    """The parser of the whole server: engine flags and server flags."""
+    parser = argparse.ArgumentParser(prog=prog, description="Serve a model over HTTP.")
+    parser.add_argument("model_tag", nargs="?", metavar="MODEL", help="the same as --model")
+    add_server_flags(parser)
+    AsyncEngineArgs.add_cli_args(parser)
+    parser.set_defaults(model=None)
+    return parser
+
+
+def choose_model(args: argparse.Namespace) -> None:
+    """Settle ``args.model``: the flag, else the positional, else the bundled demonstration model.
+
+    Raises:
+        ConfigError: two models, or none and no bundled one.
+    """
+    tag = getattr(args, "model_tag", None)
+    if tag is not None and args.model not in (None, tag):
+        raise ConfigError(f"--model {args.model!r} and MODEL {tag!r} differ")
+    args.model = args.model or tag
+    if args.model is None:
+        if not (BUNDLED_MODEL / "config.json").is_file():
+            raise ConfigError("--model must be given")
+        args.model = str(BUNDLED_MODEL)
+        args.served_model_name = args.served_model_name or ["tiny", args.model]
+
+
+def server_options(args: argparse.Namespace, environment: Mapping[str, str]) -> ServerOptions:
+    """How the server answers.
+
+    Raises:
+        ConfigError: a chat template that cannot be used, or a feature this version lacks.
+    """
+    if args.lora_modules:
+        raise ConfigError("--lora-modules: LoRA adapters are not supported by this version")
+    root_path = args.root_path or ""
+    if root_path and not root_path.startswith("/"):
+        raise ConfigError(f"--root-path must begin with a slash, got {root_path!r}")
+    keys = [*(args.api_key or ()), environment.get("VLLM_API_KEY", "")]
+    template = args.chat_template
+    return ServerOptions(
+        response_role=args.response_role,
+        chat_template=None if template is None else load_template(template),
+        trust_request_chat_template=args.trust_request_chat_template,
+        generation_config=args.generation_config,
+        strict_fields=args.strict_fields,
+        api_keys=tuple(dict.fromkeys(key for key in keys if key)),
+        root_path=root_path.rstrip("/"),
+    )
+
+
+def listen_options(args: argparse.Namespace) -> ListenOptions:
+    """Where and how the server listens.
+
+    Raises:
+        ConfigError: a port that is none, or a middleware that cannot be imported.
+    """
+    if not 0 <= args.port <= 65535:
+        raise ConfigError(f"--port must be between 0 and 65535, got {args.port}")
+    cors = CorsOptions(
+        args.allow_credentials, args.allowed_origins, args.allowed_methods, args.allowed_headers
+    )
+    return ListenOptions(
+        host=args.host,
+        port=args.port,
+        uds=args.uds,
+        ssl_keyfile=args.ssl_keyfile,
+        ssl_certfile=args.ssl_certfile,
+        ssl_ca_certs=args.ssl_ca_certs,
+        ssl_cert_reqs=args.ssl_cert_reqs,
+        uvicorn_log_level=args.uvicorn_log_level,
+        access_log=not args.disable_access_log,
+        shutdown_timeout=args.shutdown_timeout,
+        cors=cors,
+        middleware=tuple(load_middleware(path) for path in args.middleware),
+    )
+
+
+def _json_strings(text: str) -> tuple[str, ...]:
+    try:
+        values = json.loads(text)
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(f"not JSON: {text!r}") from err
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise argparse.ArgumentTypeError(f"not a JSON list of strings: {text!r}")
+    return tuple(values)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(f"not a number: {text!r}") from err
+    if not 0.0 <= seconds <= 86400.0:
+        raise argparse.ArgumentTypeError(f"not between 0 and 86400: {text!r}")
+    return seconds
