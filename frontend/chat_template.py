@@ -126,11 +126,7 @@ def render(
             "set add_generation_prompt to false",
             param="continue_final_message",
         )
-    for name in template_kwargs:
-        if name in RESERVED_NAMES or name.startswith("_"):
-            raise RequestError(
-                f"chat_template_kwargs may not set {name!r}", param="chat_template_kwargs"
-            )
+    check_template_kwargs(template_kwargs)
     conversation = flatten_messages(messages)
     if continue_final_message:
         conversation[-1]["content"] += CONTINUE_MARK
@@ -144,6 +140,19 @@ def render(
     }
     text = _render_bounded(template, variables)
     return _cut_at_mark(text) if continue_final_message else text
+
+
+def check_template_kwargs(kwargs: Mapping[str, Any]) -> None:
+    """Refuse variables that would replace the caller's own or the environment's.
+
+    Raises:
+        RequestError: names the first of them.
+    """
+    for name in kwargs:
+        if name in RESERVED_NAMES or name.startswith("_") or not name.isidentifier():
+            raise RequestError(
+                f"chat_template_kwargs may not set {name[:100]!r}", param="chat_template_kwargs"
+            )
 
 
 def flatten_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:

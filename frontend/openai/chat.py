@@ -6,7 +6,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from frontend.chat_template import flatten_messages, render
+from frontend.chat_template import check_template_kwargs, flatten_messages, render
 from frontend.openai.errors import json_response
 from frontend.openai.generation import (
     Job,
@@ -92,10 +92,7 @@ async def chat_prompt(state: ServerState, body: ChatCompletionRequest | Tokenize
     options["continue_final_message"] = bool(options["continue_final_message"])
     options |= {"special_tokens": dict(tokenizer.special_tokens_map)}
     kwargs = body.chat_template_kwargs or {}
-    if clash := sorted(set(kwargs) & set(options)):
-        raise RequestError(
-            f"chat_template_kwargs may not set {clash[0]!r}", param="chat_template_kwargs"
-        )
+    check_template_kwargs(kwargs)
     if body.chat_template is None:
         return render(template, body.messages or [], **options, **kwargs)
     if not state.options.trust_request_chat_template:

@@ -8,6 +8,7 @@ import pytest
 
 from frontend.chat_template import (
     MAX_OUTPUT_CHARS,
+    check_template_kwargs,
     flatten_messages,
     load_template,
     render,
@@ -99,16 +100,17 @@ def test_the_output_is_bounded_for_hostile_messages() -> None:
         render(ECHO, user("a" * (MAX_OUTPUT_CHARS + 1)))
 
 
-@pytest.mark.parametrize("name", ["messages", "raise_exception", "bos_token", "_x", "tokenize"])
+@pytest.mark.parametrize("name", ["messages", "raise_exception", "bos_token", "_x", "a b"])
 def test_template_kwargs_cannot_replace_what_the_server_sets(name: str) -> None:
     with pytest.raises(RequestError, match="may not set") as caught:
-        render(ECHO, user("x"), **_as_kwargs(name))
-    assert caught.value.param is not None
+        check_template_kwargs({name: "x"})
+    assert caught.value.param == "chat_template_kwargs"
+    check_template_kwargs({"enable_thinking": False})
 
 
-def _as_kwargs(name: str) -> dict[str, Any]:
-    # ``messages`` itself cannot be passed twice in Python; the check is by name all the same.
-    return {"range" if name == "messages" else name: "x"}
+def test_render_itself_checks_them_too() -> None:
+    with pytest.raises(RequestError, match="may not set"):
+        render(ECHO, user("x"), eos_token="x")
 
 
 @pytest.mark.parametrize(
