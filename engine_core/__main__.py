@@ -24,7 +24,9 @@ _LENGTH_BYTES = 8  # of the config's length, big endian, in front of it on stdin
 def main(arguments: list[str]) -> int:
     """Run the entry that the flags ask for; the exit code of this process."""
     options, engine_flags = _make_parser().parse_known_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    # Embedded, the terminal belongs to somebody else's program.
+    level = logging.WARNING if options.embedded else logging.INFO
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     if options.core:
         return _run_core(options)
     try:
@@ -82,6 +84,7 @@ def _run_embedded(options: argparse.Namespace) -> int:
         listen=options.listen,
         curve_keys=options.curve_keys,
         parent=[0, parent_pidfd],
+        is_embedded=True,
         report=StatusWriter(options.status_fd).write,
     )
     return supervisor.run()
@@ -100,6 +103,7 @@ def _run_daemon(options: argparse.Namespace, engine_flags: list[str]) -> int:
         listen=options.listen,
         curve_keys=options.curve_keys,
         parent=[],
+        is_embedded=False,
         report=_print_status,
     )
     return supervisor.run()

@@ -11,7 +11,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from engine_core.core_server import CoreServer, make_welcome
+from engine_core.core_server import CoreServer, make_welcome, settle_garbage_collection
 from ipc.channel import RouterChannel
 from ipc.config import EngineConfig, decode_config
 from ipc.curve import load_server_keys
@@ -91,6 +91,7 @@ class CoreProcess:
                 executor.shutdown()
 
     def _serve(self, server: CoreServer) -> ExitCode:
+        settle_garbage_collection()
         self._status.write(Listening(self._address, os.getpid(), self._options.epoch))
         try:
             server.run()

@@ -76,7 +76,6 @@ class CoreServer:
 
     def run(self) -> None:
         """Serve until a termination signal arrives; frontends are told before it returns."""
-        _settle_garbage_collection()
         while not (signals := self._signals.take()):
             has_moved = self._drain_frontends()
             has_moved |= self._step()
@@ -223,7 +222,7 @@ def find_mismatch(hello: Hello) -> str | None:
     return None
 
 
-def _settle_garbage_collection() -> None:
+def settle_garbage_collection() -> None:
     """Take what start-up made out of the collector's sight, and make it run seldom."""
     gc.collect()
     gc.freeze()

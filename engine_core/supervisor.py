@@ -55,6 +55,7 @@ class Supervisor:
     Args:
         config: the encoded ``EngineConfig``, passed on as it is.
         listen: the core's address; None makes a private local one.
+        is_embedded: whether the tree belongs to a user's process; then it is quiet.
         parent: descriptors that become readable when whoever started us is gone.
         report: told everything that the core says about its start and its end.
     """
@@ -66,6 +67,7 @@ class Supervisor:
         listen: str | None,
         curve_keys: Path | None,
         parent: list[int],
+        is_embedded: bool,
         report: Callable[[Status], None],
     ) -> None:
         self._config = config
@@ -73,6 +75,7 @@ class Supervisor:
         self._listen = f"ipc://{self._directory}/core" if listen is None else listen
         self._curve_keys = curve_keys
         self._parent = parent
+        self._is_embedded = is_embedded
         self._report = report
         self._signals = SignalWatch(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         self._is_stopping = False
@@ -93,6 +96,8 @@ class Supervisor:
         status_read, status_write = os.pipe()
         arguments = ["--core", "--listen", self._listen, "--epoch", str(epoch)]
         arguments += ["--status-fd", str(status_write), "--death-fd", str(death_read)]
+        if self._is_embedded:
+            arguments.append("--embedded")
         if self._curve_keys is not None:
             arguments += ["--curve-keys", str(self._curve_keys)]
         process = subprocess.Popen(

@@ -104,9 +104,7 @@ class FakeCore:
     def abort_branches(self, client: bytes, branches: AbortBranches) -> None:
         """Requests have one branch here."""
 
-    def add_processed_logits(
-        self, client: bytes, message: ProcessedLogits, frames: Frames
-    ) -> None:
+    def add_processed_logits(self, client: bytes, message: ProcessedLogits, frames: Frames) -> None:
         """Keep the bytes."""
         assert message.logits is not None
         self.processed_logits.append(bytes(read(message.logits, frames)))
@@ -148,9 +146,7 @@ class FakeCore:
             if is_last:
                 del self.open[client, req_id]
             outputs.setdefault(client, []).append(
-                EngineOutput(
-                    req_id, 0, given, [given], FinishReason.LENGTH if is_last else None
-                )
+                EngineOutput(req_id, 0, given, [given], FinishReason.LENGTH if is_last else None)
             )
         return [
             (client, EngineOutputs(0, self._step_id, moved), [])
