@@ -1,4 +1,10 @@
-"""The CPU path of ``paged_attention``, which holds the definition that this is tested against."""
+"""The CPU path of ``paged_attention``, which holds the definition that this is tested against.
+
+Each request attends alone, over exactly the keys that it sees: nothing is padded or masked that
+need not be, so a result does not depend on batch mates, and whatever an earlier owner left in a
+block cannot spread. What is shared between decoding requests is the bookkeeping: their keys are
+gathered many at a time, as many as stay in a core's cache until they are used.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -6,78 +12,138 @@ from torch import Tensor
 
 from kernels.attention_step import Options, Step
 
-# CPU decode: requests of similar length attend together. A group is closed when padding it to
-# its longest member would add this many tokens, or when it no longer fits a core's cache.
-_MAX_GROUP_PADDING = 512
-_MAX_GROUP_TOKENS = 2048
+_GATHER_BYTES = 1 << 18  # of keys, and as much of values: half of a typical second-level cache
+
+_Caches = tuple[Tensor, Tensor]
 
 
 def paged_attention_cpu(
-    q: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    step: Step,
-    options: Options,
+    q: Tensor, key_cache: Tensor, value_cache: Tensor, step: Step, options: Options
 ) -> Tensor:
-    """The CPU path: decoding requests in groups of similar length, the others one by one."""
-    out = torch.zeros(q.shape, dtype=q.dtype)
+    """Return [T, N, D]; rows of no request are zeros."""
+    caches = (key_cache, value_cache)
     starts, lens = step.query_start_loc.tolist(), step.seq_lens.tolist()
-    decoding: list[tuple[int, int, int]] = []  # (length, request, row)
+    if step.max_query_len == 1 and starts[-1] == len(lens) == len(q) and 0 not in lens:
+        return _decode(q, caches, step.block_table, lens, options)
+    out = torch.zeros(q.shape, dtype=q.dtype)
+    decoding = []
     for b, seq_len in enumerate(lens):
-        row, query_len = starts[b], starts[b + 1] - starts[b]
-        if query_len == 0 or seq_len == 0:
+        row, end = starts[b], starts[b + 1]
+        if end == row or seq_len == 0:
             continue
-        if query_len == 1:
-            decoding.append((seq_len, b, row))
+        if end == row + 1:
+            decoding.append(b)
         else:
-            rows = slice(row, row + query_len)
-            out[rows] = _attend_one(
-                q[rows], key_cache, value_cache, step.block_table[b], seq_len, options
-            )
-    for seq_len, b, row in decoding:
-        rows = slice(row, row + 1)
-        out[rows] = _attend_one(
-            q[rows], key_cache, value_cache, step.block_table[b], seq_len, options
-        )
+            out[row:end] = _prefill(q[row:end], caches, step.block_table[b], seq_len, options)
+    if decoding:
+        requests = torch.tensor(decoding)
+        rows = step.query_start_loc.index_select(0, requests)
+        block_table = step.block_table.index_select(0, requests)
+        decode_lens = [lens[b] for b in decoding]
+        out[rows] = _decode(q.index_select(0, rows), caches, block_table, decode_lens, options)
     return out
 
 
-def _attend_one(
-    q: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_ids: Tensor,
-    seq_len: int,
-    options: Options,
+def _decode(
+    q: Tensor, caches: _Caches, block_table: Tensor, lens: list[int], options: Options
 ) -> Tensor:
-    """Attend one request's queries [query_len, N, D]; reads exactly the keys that they see."""
-    query_len, block_size = q.shape[0], key_cache.shape[1]
-    first = 0
-    if options.sliding_window is not None:
-        first = max(0, seq_len - query_len - options.sliding_window + 1)
+    """Attend one query of each request: q and the result are [R, N, D], ``lens`` has no 0."""
+    block_size, K, D = caches[0].shape[1:]
+    window = options.sliding_window
+    firsts = [0] * len(lens) if window is None else [max(0, n - window) for n in lens]
+    # Each request's blocks from that of its first key to that of its last.
+    spans = [(f // block_size, -(-n // block_size)) for f, n in zip(firsts, lens, strict=True)]
+    block_ids = _pick_blocks(block_table, spans)
+    max_blocks = max(1, _GATHER_BYTES // (block_size * K * D * q.element_size()))
+    queries = q.view(len(lens), 1, K, -1, D).unbind(0)
+    outs: list[Tensor] = []
+    for start, end in _gathers(spans, max_blocks):
+        sizes: list[int] = []  # of the pieces that a gather falls into: skipped, seen, unused
+        for r in range(start, end):
+            skipped = firsts[r] - spans[r][0] * block_size
+            sizes += (skipped, lens[r] - firsts[r], spans[r][1] * block_size - lens[r])
+        num_blocks = sum(sizes) // block_size
+        ids, block_ids = block_ids[:num_blocks], block_ids[num_blocks:]
+        keys, values = (
+            cache.index_select(0, ids).view(1, -1, K, D).transpose(1, 2).split_with_sizes(sizes, 2)
+            for cache in caches
+        )
+        for i, r in enumerate(range(start, end)):
+            k, v = keys[3 * i + 1], values[3 * i + 1]  # [1, K, seen, D]
+            outs.append(_weigh(queries[r], k, v, None, is_causal=False, options=options))
+    return torch.cat(outs).view(q.shape)
+
+
+def _pick_blocks(block_table: Tensor, spans: list[tuple[int, int]]) -> Tensor:
+    """The block ids of all spans, one request after the other."""
+    if len(spans) == 1:
+        return block_table[0, spans[0][0] : spans[0][1]]
+    bounds = torch.tensor(spans)
+    places = torch.arange(max(end for _, end in spans))
+    wanted = (places >= bounds[:, :1]).logical_and_(places < bounds[:, 1:])
+    return block_table[:, : len(places)].masked_select(wanted)
+
+
+def _gathers(spans: list[tuple[int, int]], max_blocks: int) -> list[tuple[int, int]]:
+    """Cut the requests into runs [start, end) of at most ``max_blocks``, or of one request."""
+    cuts, held = [0], 0
+    for r, (first, end) in enumerate(spans):
+        if held and held + end - first > max_blocks:
+            cuts.append(r)
+            held = 0
+        held += end - first
+    return list(zip(cuts, [*cuts[1:], len(spans)], strict=True))
+
+
+def _prefill(
+    q: Tensor, caches: _Caches, block_ids: Tensor, seq_len: int, options: Options
+) -> Tensor:
+    """Attend one request's queries [Q, N, D], Q > 1."""
+    Q = q.shape[0]
+    block_size, K, D = caches[0].shape[1:]
+    window = options.sliding_window
+    first = 0 if window is None else max(0, seq_len - Q - window + 1)
     first_block = first // block_size
     ids = block_ids[first_block : -(-seq_len // block_size)]
-    offset = first_block * block_size
+    skipped = first_block * block_size
     k, v = (
-        cache.index_select(0, ids).flatten(0, 1)[first - offset : seq_len - offset].transpose(0, 1)
-        for cache in (key_cache, value_cache)
-    )  # [K, seq_len - first, D]
-    num_keys = seq_len - first
-    mask = None
-    if query_len > 1 and (query_len < num_keys or options.sliding_window is not None):
-        keys = torch.arange(num_keys)
-        own = torch.arange(num_keys - query_len, num_keys).unsqueeze(1)
-        mask = keys <= own
-        if options.sliding_window is not None:
-            mask &= keys > own - options.sliding_window
-    heads = q.transpose(0, 1)  # [N, query_len, D]
-    out = F.scaled_dot_product_attention(
-        heads.unsqueeze(0),
-        k.unsqueeze(0),
-        v.unsqueeze(0),
-        attn_mask=mask,
-        is_causal=mask is None and query_len > 1,
-        scale=options.scale,
-        enable_gqa=True,
-    )
-    return out.squeeze(0).transpose(0, 1)
+        cache.index_select(0, ids)
+        .view(1, -1, K, D)[:, first - skipped : seq_len - skipped]
+        .transpose(1, 2)
+        for cache in caches
+    )  # [1, K, L, D]
+    L = seq_len - first
+    seen = None
+    if Q < L or (window is not None and window < L):
+        positions = torch.arange(L)
+        own = positions[L - Q :].unsqueeze(1)
+        seen = positions <= own
+        if window is not None:
+            seen.logical_and_(positions > own - window)
+    heads = q.transpose(0, 1).unsqueeze(0)  # [1, N, Q, D]
+    return _weigh(heads, k, v, seen, is_causal=seen is None, options=options)[0].transpose(0, 1)
+
+
+def _weigh(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, *, is_causal: bool, options: Options
+) -> Tensor:
+    """Attention of q [B, n, Q, D] to k and v [B, K, L, D], n a multiple of K."""
+    if options.soft_cap is None:
+        return F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=seen,
+            is_causal=is_causal,
+            scale=options.scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+    if is_causal:
+        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril_()
+    group = q.shape[1] // k.shape[1]
+    k, v = (t.float().repeat_interleave(group, dim=1) for t in (k, v))
+    scores = (q.float() * options.scale) @ k.transpose(2, 3)
+    scores.div_(options.soft_cap).tanh_().mul_(options.soft_cap)
+    if seen is not None:
+        scores.masked_fill_(~seen, -torch.inf)
+    return (scores.softmax(dim=-1) @ v).to(q.dtype)
