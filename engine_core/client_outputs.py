@@ -35,7 +35,7 @@ def collect_outputs(
         position = len(token_ids) - 1
         if request.needs_full_output:
             outputs.append(
-                _full_output(request, position, token_ids[position:], result, wall_clock_s)
+                _full_output(request, result, wall_clock_s)
             )
         else:
             outputs.append(
