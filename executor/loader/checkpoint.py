@@ -36,6 +36,11 @@ class Checkpoint:
     tensors: Mapping[str, TensorSource]
     file_sizes: Mapping[str, int]  # by file name, of what the user provided
 
+    def fingerprint(self) -> list[str]:
+        """What the digest is made of: tensors' names, shapes and types, and the files' sizes."""
+        tensors = (f"{name} {t.shape} {t.dtype}" for name, t in self.tensors.items())
+        return sorted(tensors) + sorted(f"{n} {size}" for n, size in self.file_sizes.items())
+
 
 def open_checkpoint(directory: Path, load_config: LoadConfig) -> Checkpoint:
     """Open the checkpoint in ``directory`` in the form that --load-format asks for.

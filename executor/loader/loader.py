@@ -5,11 +5,11 @@ the target device, in the target dtype; there is no second copy of the model any
 """
 
 import hashlib
+import importlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -54,7 +54,14 @@ def load_model(
         ConfigError: the model cannot be built as configured.
         EngineStartError: the checkpoint is broken or does not fit the model.
     """
-    model = _build(model_config, device, tp)
+    if not registry.is_native(model_config.hf_config):
+        return _load_fallback(model_config, load_config, device, tp)
+    shape, dtype = _shape_and_dtype(model_config)
+    method = UnquantizedLinearMethod(deterministic=bool(model_config.deterministic))
+    with torch.device("meta"):
+        model_class = registry.resolve(model_config.hf_config)
+        model = model_class(shape, LayerFactory(tp, dtype, method))
+    model.to_empty(device=device)
     assigner = WeightAssigner(model, model.checkpoint_names, model.packed_modules)
     if load_config.load_format == "dummy":
         lines = _fill_with_dummies(assigner, model_config.seed, device, on_progress)
@@ -69,8 +76,7 @@ def load_model(
     return LoadedModel(model, weights_bytes, _digest(model_config.hf_config, lines))
 
 
-def _build(model_config: ModelConfig, device: torch.device, tp: TensorParallel) -> Any:
-    """The modules, their parameters allocated on ``device`` and still unset."""
+def _shape_and_dtype(model_config: ModelConfig) -> tuple[ModelShape, torch.dtype]:
     if model_config.quantization is not None:
         raise ConfigError(
             f"--quantization {model_config.quantization} is not supported by this version"
@@ -82,15 +88,33 @@ def _build(model_config: ModelConfig, device: torch.device, tp: TensorParallel) 
         max_model_len=model_config.max_model_len,
         disable_sliding_window=model_config.disable_sliding_window,
     )
-    method = UnquantizedLinearMethod(deterministic=bool(model_config.deterministic))
-    factory = LayerFactory(tp, _DTYPES[model_config.dtype], method)
-    model_class = registry.resolve(model_config.hf_config)
-    with torch.device("meta"):
-        if registry.is_native(model_config.hf_config):
-            model = model_class(shape, factory)
-        else:
-            model = model_class(shape, factory, model_config)
-    return model.to_empty(device=device)
+    return shape, _DTYPES[model_config.dtype]
+
+
+def _load_fallback(
+    model_config: ModelConfig,
+    load_config: LoadConfig,
+    device: torch.device,
+    tp: TensorParallel,
+) -> LoadedModel:
+    """An architecture without a file of its own: transformers builds and reads it."""
+    fallback = importlib.import_module("executor.models.transformers_fallback")
+    fallback.check_supported(model_config)
+    shape, dtype = _shape_and_dtype(model_config)
+    if tp.size > 1:
+        raise ConfigError(
+            f"--tensor-parallel-size {tp.size} is not supported for {shape.architecture}, "
+            f"which runs through transformers"
+        )
+    if load_config.load_format == "dummy":
+        lines = [f"dummy {model_config.seed}"]
+        model = fallback.make_random(model_config, shape, dtype, device)
+    else:
+        checkpoint = open_checkpoint(Path(model_config.model_path), load_config)
+        lines = checkpoint.fingerprint()
+        model = fallback.load_from_files(model_config, shape, dtype, device)
+    digest = _digest(model_config.hf_config, lines)
+    return LoadedModel(model, model.weights_bytes, digest)
 
 
 def _fill_from_files(
@@ -109,9 +133,7 @@ def _fill_from_files(
         on_progress("weights", done, total)
 
     assigner.fill_all(checkpoint.tensors, on_tensor)
-    tensors = (f"{n} {s.shape} {s.dtype}" for n, s in checkpoint.tensors.items())
-    files = (f"{name} {size}" for name, size in checkpoint.file_sizes.items())
-    return sorted(tensors) + sorted(files)
+    return checkpoint.fingerprint()
 
 
 def _fill_with_dummies(
