@@ -11,7 +11,7 @@ from engine_core.kv_cache_manager import KVCacheManager
 from engine_core.request import Request
 from ipc.config import SchedulerConfig
 
-_GROWTH_TOKENS = 16
+GROWTH_TOKENS = 16
 _MAX_DOUBLINGS = 16
 
 
@@ -38,8 +38,10 @@ class Headroom:
         config: SchedulerConfig,
         kv_cache: KVCacheManager,
         adapter_limit: AdapterLimit | None = None,
+        growth_tokens: int = GROWTH_TOKENS,
     ) -> None:
         self._delay_factor = config.delay_factor
+        self._growth_tokens = growth_tokens
         self._kv_cache = kv_cache
         self._adapter_limit = adapter_limit
         self._prompt_latency_s = 0.0
@@ -77,7 +79,7 @@ class Headroom:
         """
         if not running:
             return True  # alone it fits: that was checked when it was added
-        target = _target_tokens(request, request.num_preemptions)
+        target = self._target_tokens(request, request.num_preemptions)
         needed = self._kv_cache.num_blocks_for(target) - num_reused_blocks
         if request.num_preemptions:
             promised = self._count_promised(running, request.num_preemptions)
@@ -90,15 +92,14 @@ class Headroom:
     def note_admitted(self, request: Request) -> None:
         """Count the growth of a request that just entered among the promised room."""
         if self._promised_blocks is not None:
-            target = _target_tokens(request, 0)
+            target = self._target_tokens(request, 0)
             self._promised_blocks += self._kv_cache.num_blocks_to_grow(request, target)
 
     def _count_promised(self, running: list[Request], num_doublings: int) -> int:
         grow = self._kv_cache.num_blocks_to_grow
-        return sum(grow(other, _target_tokens(other, num_doublings)) for other in running)
+        return sum(grow(other, self._target_tokens(other, num_doublings)) for other in running)
 
-
-def _target_tokens(request: Request, num_doublings: int) -> int:
-    growth = _GROWTH_TOKENS << min(num_doublings, _MAX_DOUBLINGS)
-    num_tokens = request.num_tokens + request.num_output_placeholders
-    return min(num_tokens + growth, request.max_num_tokens)
+    def _target_tokens(self, request: Request, num_doublings: int) -> int:
+        growth = self._growth_tokens << min(num_doublings, _MAX_DOUBLINGS)
+        num_tokens = request.num_tokens + request.num_output_placeholders
+        return min(num_tokens + growth, request.max_num_tokens)

@@ -173,7 +173,7 @@ class KVCacheManager:
 
     def remember(self, request: Request) -> None:
         """Let others find the full blocks whose tokens are known and computed by now."""
-        if not self._is_caching or request.is_tainted:
+        if not self._is_caching or request.is_tainted or not request.block_ids:
             return
         num_full = min(request.num_tokens, request.num_computed_tokens) // self.block_size
         if num_full <= request.num_remembered_blocks:

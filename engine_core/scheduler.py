@@ -15,7 +15,7 @@ Source: the token-budget formulation of the vLLM V1 scheduler.
 from collections import deque
 
 from engine_core.admission import Admission
-from engine_core.headroom import AdapterLimit, Headroom
+from engine_core.headroom import GROWTH_TOKENS, AdapterLimit, Headroom
 from engine_core.kv_cache_manager import KVCacheManager
 from engine_core.lifecycle import Lifecycle
 from engine_core.request import Request, RequestGroup, RequestStatus
@@ -42,12 +42,13 @@ class Scheduler:
         *,
         vocab_size: int,
         adapter_limit: AdapterLimit | None = None,
+        growth_tokens: int = GROWTH_TOKENS,
     ) -> None:
         self._max_step_tokens = config.max_num_batched_tokens
         self._vocab_size = vocab_size
         self.kv_cache = kv_cache
         self.lifecycle = Lifecycle(config, kv_cache)
-        self._headroom = Headroom(config, kv_cache, adapter_limit)
+        self._headroom = Headroom(config, kv_cache, adapter_limit, growth_tokens)
         self._admission = Admission(
             self.lifecycle, kv_cache, self._headroom, is_chunking=config.enable_chunked_prefill
         )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine_core.core import EngineCore
+from engine_core.scheduler import Scheduler
 from ipc.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from ipc.messages import (
     AddRequest,
@@ -48,6 +49,7 @@ class Setup:
     preemption_mode: str | None = None
     num_lookahead_slots: int = 0
     delay_factor: float = 0.0
+    growth_tokens: int | None = None  # 0: admit whoever fits now, so that preemption is common
     is_nan: Callable[..., bool] = field(default=lambda params, position: False)
 
     def config(self) -> EngineConfig:
@@ -156,8 +158,18 @@ class Rig:
         self.setup = setup or Setup(**differences)
         self.executor = self.setup.executor()
         self.core = EngineCore(self.setup.config(), self.executor, self.executor.ready)
+        if self.setup.growth_tokens is not None:
+            self._replace_scheduler(self.setup.growth_tokens)
         self.client = Client()
         self.requests: dict[str, AddRequest] = {}
+
+    def _replace_scheduler(self, growth_tokens: int) -> None:
+        self.core.scheduler = Scheduler(
+            self.setup.config().scheduler_config,
+            self.core.scheduler.kv_cache,
+            vocab_size=VOCAB_SIZE,
+            growth_tokens=growth_tokens,
+        )
 
     @property
     def scheduler(self) -> Any:

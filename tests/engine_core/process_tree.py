@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from ipc.config import EngineConfig
+from ipc.processes import is_alive
 from tests.engine_core.fake_core import make_config
 
 GONE_LIMIT_S = 5.0
@@ -47,11 +48,8 @@ def descendants(pid: int) -> list[psutil.Process]:
 
 
 def is_running(process: psutil.Process) -> bool:
-    """Whether a process lives; one that only waits to be reaped does not."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    """Whether a process lives, with all of its threads; one not yet reaped does not."""
+    return process.is_running() and is_alive(process.pid)
 
 
 def assert_gone(processes: list[psutil.Process], limit_s: float = GONE_LIMIT_S) -> None:

@@ -198,15 +198,15 @@ class SimulatedExecutor:
         for row in plan.freed_rows:
             del self.rows[row]  # KeyError: a row was freed twice
         for gpu_id, cpu_id in plan.swap_out:
-            assert gpu_id and cpu_id, "the null block is never swapped"
+            assert 0 not in (gpu_id, cpu_id), "the null block is never swapped"
             self.cpu[cpu_id] = list(self.gpu[gpu_id])
         for cpu_id, gpu_id in plan.swap_in:
-            assert gpu_id and cpu_id, "the null block is never swapped"
+            assert 0 not in (gpu_id, cpu_id), "the null block is never swapped"
             self.gpu[gpu_id] = list(self.cpu[cpu_id])
         destinations = [destination for _, destination in plan.block_copies]
         assert len(set(destinations)) == len(destinations)
         for source, destination in plan.block_copies:
-            assert source and destination
+            assert 0 not in (source, destination), "the null block is never copied"
             self.gpu[destination] = list(self.gpu[source])
 
     def _update_rows(self, plan: SchedulerOutput) -> None:
@@ -300,9 +300,13 @@ class SimulatedExecutor:
             return []
         first = max(row.num_computed_tokens, row.num_prompt_logprobs_sent)
         last = min(row.num_computed_tokens + count, row.num_prompt_tokens - 1)
-        return [TokenLogprobs([row.token_ids[p + 1]], [float(p + 1)], 1) for p in range(first, last)]
+        return [
+            TokenLogprobs([row.token_ids[p + 1]], [float(p + 1)], 1) for p in range(first, last)
+        ]
 
-    def _finish_row(self, row_id: int, row: SimulatedRow, answer: "_Answer") -> TokenLogprobs | None:
+    def _finish_row(
+        self, row_id: int, row: SimulatedRow, answer: "_Answer"
+    ) -> TokenLogprobs | None:
         position = len(row.token_ids)
         if self.is_nan(row.params, position):
             answer.nan_rows.append(row_id)

@@ -148,24 +148,38 @@ class Mix:
 SETUPS = {
     "defaults, blocks of 16": Setup(block_size=16, num_gpu_blocks=41),
     "one step in flight": Setup(max_steps_in_flight=1),
-    "three steps in flight, small pool": Setup(max_steps_in_flight=3, num_gpu_blocks=21),
+    "three steps in flight, small pool": Setup(
+        growth_tokens=0, max_steps_in_flight=3, num_gpu_blocks=21
+    ),
     "swap, small pool": Setup(
-        num_gpu_blocks=21, num_cpu_blocks=41, preemption_mode="swap", max_steps_in_flight=3
+        growth_tokens=0,
+        num_gpu_blocks=21,
+        num_cpu_blocks=41,
+        preemption_mode="swap",
+        max_steps_in_flight=3,
     ),
     "swap without prefix caching": Setup(
-        num_gpu_blocks=21, num_cpu_blocks=60, preemption_mode="swap", enable_prefix_caching=False
+        growth_tokens=0,
+        num_gpu_blocks=21,
+        num_cpu_blocks=60,
+        preemption_mode="swap",
+        enable_prefix_caching=False,
     ),
-    "groups swap, host memory is short": Setup(num_gpu_blocks=19, num_cpu_blocks=9),
+    "groups swap, host memory is short": Setup(
+        growth_tokens=0, num_gpu_blocks=19, num_cpu_blocks=9
+    ),
     "tiny chunks": Setup(max_num_batched_tokens=16, max_num_seqs=16),
     "one budget for all, many rows": Setup(
         max_num_batched_tokens=2048, max_num_seqs=64, num_gpu_blocks=41
     ),
     "no chunked prefill": Setup(enable_chunked_prefill=False, max_num_batched_tokens=128),
-    "priorities, small pool": Setup(policy="priority", num_gpu_blocks=25),
+    "priorities, small pool": Setup(growth_tokens=0, policy="priority", num_gpu_blocks=25),
     "sliding window": Setup(sliding_window=12, num_gpu_blocks=31),
     "sliding window, swap, three in flight": Setup(
+        growth_tokens=0,
         sliding_window=17,
-        num_gpu_blocks=25,
+        num_gpu_blocks=17,
+        max_num_batched_tokens=32,
         num_cpu_blocks=40,
         preemption_mode="swap",
         max_steps_in_flight=3,
@@ -178,6 +192,9 @@ SETUPS = {
     ),
     "no prefix caching, few rows": Setup(
         enable_prefix_caching=False, max_num_seqs=3, max_steps_in_flight=3
+    ),
+    "sliding window, small pool": Setup(
+        growth_tokens=0, sliding_window=33, num_gpu_blocks=17, max_num_batched_tokens=32
     ),
     "delay factor": Setup(delay_factor=0.5),
 }
