@@ -23,7 +23,7 @@ def paged_attention_cpu(
     """Return [T, N, D]; rows of no request are zeros."""
     caches = (key_cache, value_cache)
     starts, lens = step.query_start_loc.tolist(), step.seq_lens.tolist()
-    if step.max_query_len == 1 and starts[-1] == len(lens) == len(q) and 0 not in lens:
+    if step.max_query_len == 1 and 0 < starts[-1] == len(lens) == len(q) and 0 not in lens:
         return _decode(q, caches, step.block_table, lens, options)
     out = torch.zeros(q.shape, dtype=q.dtype)
     decoding = []
