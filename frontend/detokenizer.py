@@ -148,19 +148,20 @@ class _WindowStream:
     """Any other decoder: decode a short window twice, without and with the new ids.
 
     ``_ids[:_num_read]`` have been returned as text and are kept as context. Right for decoders
-    whose text for a token depends on its neighbours only.
+    whose text for a token depends on its neighbours and on whether it is the first. So the
+    context, where there was any text before, has some text too.
     """
 
     __slots__ = ("_decode", "_ids", "_num_read")
 
-    CONTEXT = 6  # ids of context kept; a character has at most four bytes
+    CONTEXT = 6  # ids of context kept at least; a character has at most four bytes
     MAX_HELD = 12  # a replacement character this old is part of the text
 
     def __init__(
         self, decode: Callable[[Sequence[int]], str], prompt_token_ids: Sequence[int]
     ) -> None:
         self._decode = decode
-        self._ids = list(prompt_token_ids[-self.CONTEXT :])
+        self._ids = self._context_of(prompt_token_ids)
         self._num_read = len(self._ids)
 
     def append(self, ids: Sequence[int]) -> str:
@@ -179,9 +180,17 @@ class _WindowStream:
         if text.endswith(_REPLACEMENT) and not is_forced:
             return ""
         known = self._decode(self._ids[: self._num_read])
-        del self._ids[: max(0, self._num_read - self.CONTEXT)]
+        if len(self._ids) > 4 * self.CONTEXT:
+            self._ids = self._context_of(self._ids)
         self._num_read = len(self._ids)
         return text[len(known) :]
+
+    def _context_of(self, ids: Sequence[int]) -> list[int]:
+        """The last ids, as many as it takes to have some text."""
+        num_kept = self.CONTEXT
+        while num_kept < len(ids) and not self._decode(ids[-num_kept:]):
+            num_kept *= 2
+        return list(ids[-num_kept:])
 
 
 class _CleanUp:

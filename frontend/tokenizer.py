@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Backend
 from frontend.pieces import Pieces, compile_pieces
 from frontend.tokenizer_config import TokenizerConfig, read_tokenizer_config
 from ipc.config import ModelConfig
-from ipc.errors import ConfigError
+from ipc.errors import ConfigError, RequestError
 
 
 class Tokenizer(Protocol):
@@ -168,8 +168,15 @@ class FastTokenizer:
         return self._backend
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text; special tokens are added as the post-processor says."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """Token ids of a text; special tokens are added as the post-processor says.
+
+        Raises:
+            RequestError: the text holds half of a surrogate pair, which is no character.
+        """
+        try:
+            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except (TypeError, UnicodeEncodeError) as err:
+            raise RequestError(f"the text cannot be tokenised: {err}", "prompt") from err
         return ids
 
     def decode(

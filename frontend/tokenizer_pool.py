@@ -219,13 +219,15 @@ class ProcessWorker:
         try:
             self._write(task)
             data = read_frame(self._process.stdout)  # type: ignore[arg-type]
-        except (BrokenPipeError, OSError, ValueError) as err:
+        except OSError as err:
             raise WorkerDiedError(self._describe_end()) from err
+        except UnicodeEncodeError as err:
+            raise RequestError(f"the text cannot be tokenised: {err}", "prompt") from err
         if data is None:
             raise WorkerDiedError(self._describe_end())
         answer = self._decoder.decode(data)
         if answer.error is not None:
-            raise RequestError(f"the text cannot be tokenised: {answer.error}", "prompt")
+            raise RequestError(answer.error, "prompt")
         return answer.token_ids
 
     def close(self) -> None:

@@ -12,7 +12,6 @@ from typing import BinaryIO
 import msgspec
 
 from frontend.tokenizer import Tokenizer, load_tokenizer_directory
-from ipc.errors import ConfigError
 
 _LENGTH_BYTES = 8
 
@@ -77,7 +76,7 @@ def main() -> int:
         task = decoder.decode(data)
         try:
             answer = Encoded(tokenizer.encode(task.text, task.add_special_tokens))
-        except (ValueError, TypeError, ConfigError) as err:
+        except (ValueError, TypeError) as err:  # a RequestError is the former
             answer = Encoded(error=str(err))
         write_frame(answers, answer)
     return 0
