@@ -1,4 +1,4 @@
-"""Builders for tests of the frontend: a byte tokenizer, and cores that play tokens from a script."""
+"""Builders for tests of the frontend: a byte tokenizer, and cores that play from a script."""
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator

@@ -243,7 +243,7 @@ def test_the_rest_of_a_request_is_checked_too(
 def test_what_needs_the_tokenizer_says_so_when_there_is_none(
     prompt: Any, params: dict[str, Any]
 ) -> None:
-    with pytest.raises(RequestError, match="tokenizer was not loaded|which was not loaded"):
+    with pytest.raises(RequestError, match="was not loaded"):
         make_inputs(tokenizer=False).admit(make_request(prompt=prompt, **params))
 
 
