@@ -16,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 from ipc.errors import ConfigError
+from ipc.processes import is_alive
 
 MAX_PATH_BYTES = 107  # of a unix socket on Linux, the closing zero not counted
 
@@ -52,7 +53,7 @@ def sweep_stale_directories(parent: Path) -> list[Path]:
     swept = []
     for path in parent.glob(f"{_PREFIX}-*"):
         match = _DIRECTORY_NAME.fullmatch(path.name)
-        if match is None or path.is_symlink() or _is_alive(int(match[1])):
+        if match is None or path.is_symlink() or is_alive(int(match[1])):
             continue
         try:
             if path.stat().st_uid != os.getuid() or any(map(_is_listening, path.iterdir())):
@@ -172,14 +173,4 @@ def _is_listening(path: Path) -> bool:
             probe.connect(str(path))
         except OSError:
             return False  # left behind by a dead process
-    return True
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
     return True

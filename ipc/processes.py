@@ -46,6 +46,18 @@ def is_closed(pipe: int) -> bool:
     return any(events & select.POLLHUP for _, events in poller.poll(0))
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that only waits to be reaped does not."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return False
+    try:
+        return not select.select([pidfd], [], [], 0)[0]
+    finally:
+        os.close(pidfd)
+
+
 def adopt_orphans() -> None:
     """Become the parent of descendants whose own parent dies, so that they can be waited for."""
     libc = ctypes.CDLL(None, use_errno=True)
