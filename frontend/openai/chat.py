@@ -31,10 +31,10 @@ from frontend.openai.sse import (
     ChunkFormat,
     EventStream,
     Write,
-    cancelled_by_disconnect,
     event,
     role_chunk,
     stream_head,
+    unless_disconnected,
     usage_chunk,
 )
 from frontend.openai.state import ServerState
@@ -53,9 +53,7 @@ async def create_chat_completion(state: ServerState, request: Request) -> Respon
         return EventStream(answer.stream)
     if body.stream:
         return EventStream(answer.stream_whole)
-    async with cancelled_by_disconnect(request.receive):
-        result = await answer.whole()
-    return json_response(result)
+    return json_response(await unless_disconnected(request.receive, answer.whole()))
 
 
 async def make_answer(

@@ -32,9 +32,9 @@ from frontend.openai.sse import (
     ChunkFormat,
     EventStream,
     Write,
-    cancelled_by_disconnect,
     event,
     stream_head,
+    unless_disconnected,
     usage_chunk,
 )
 from frontend.openai.state import COMPLETION_DEFAULTS, ServerState
@@ -52,9 +52,7 @@ async def create_completion(state: ServerState, request: Request) -> Response:
         return EventStream(answer.stream)
     if body.stream:
         return EventStream(answer.stream_whole)
-    async with cancelled_by_disconnect(request.receive):
-        result = await answer.whole()
-    return json_response(result)
+    return json_response(await unless_disconnected(request.receive, answer.whole()))
 
 
 def make_answer(state: ServerState, request: Request, body: CompletionRequest) -> "Answer":

@@ -33,6 +33,9 @@ class Envelope:
         if self._root_path:
             scope["root_path"] = self._root_path
         shared = scope.setdefault("state", {})
+        # Between here and a stream nothing of ours looks at the body: its chunks may skip the
+        # wrapped sends in between. The user's own middleware is further out, and sees them.
+        shared["send_body"] = send
         has_begun = False
 
         async def send_with_headers(message: Message) -> None:

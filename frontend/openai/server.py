@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
+GC_THRESHOLD = 20_000  # tokens make short-lived objects without cycles; look at them rarely
 GRACE_AFTER_DRAIN_S = 5.0
 GRACE_AFTER_DEATH_S = 1.0  # open requests still get their error
 
@@ -174,6 +175,7 @@ async def serve(
         server = HttpServer(uvicorn_config(app, listen), state, listen.shutdown_timeout)
         gc.collect()
         gc.freeze()
+        gc.set_threshold(GC_THRESHOLD)
         logger.info("serving %s on %s", state.model_name, _where(listener))
         await server.serve(sockets=[listener])
         is_clean = not server.force_exit
