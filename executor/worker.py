@@ -55,6 +55,7 @@ from ipc.tensors import Frames
 CONTEXT_BYTES = 600 * 2**20
 # On a CPU there is nothing to verify or compile: a few tokens prove that a step works.
 CPU_WARM_UP_TOKENS = 16
+PROGRESS_S = 0.1  # between two reports of one phase
 
 OnProgress = Callable[[LoadProgress], None]
 
@@ -83,6 +84,7 @@ class Phases:
         self.seconds: dict[str, float] = {}
         self._rank = rank
         self._start_s = time.monotonic()
+        self._told_s = 0.0
         self._on_progress: OnProgress | None = None
 
     def listen(self, on_progress: OnProgress) -> None:
@@ -99,9 +101,11 @@ class Phases:
         self.seconds[stage] = time.monotonic() - start_s
 
     def report(self, phase: str, done: int, total: int) -> None:
-        """Tell how far a phase has come."""
-        if self._on_progress is not None:
-            elapsed_s = time.monotonic() - self._start_s
+        """Tell how far a phase has come; its start and its end always, the rest now and then."""
+        elapsed_s = time.monotonic() - self._start_s
+        is_told = done in (0, total) or elapsed_s >= self._told_s + PROGRESS_S
+        if self._on_progress is not None and is_told:
+            self._told_s = elapsed_s
             self._on_progress(LoadProgress(self._rank, phase, done, total, elapsed_s))
 
 

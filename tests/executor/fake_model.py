@@ -53,7 +53,8 @@ class FakeModel(nn.Module):
             blocks = meta.block_table[b].long()
             keys = last.key[blocks].flatten(0, 1)[:seq_len, 0, 1]
             stored = last.value[blocks].flatten(0, 1)[:seq_len, 0, 1]
-            assert stored.tolist() == list(range(seq_len)), "the cache holds other positions"
+            if blocks.any():  # else a warm-up row: all its slots are the null block's
+                assert stored.tolist() == list(range(seq_len)), "the cache holds other positions"
             sums = keys.cumsum(0)
             first = seq_len - (starts[b + 1] - starts[b])
             rows = slice(starts[b], starts[b + 1])
