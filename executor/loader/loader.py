@@ -64,7 +64,7 @@ def load_model(
     model.to_empty(device=device)
     assigner = WeightAssigner(model, model.checkpoint_names, model.packed_modules)
     if load_config.load_format == "dummy":
-        lines = _fill_with_dummies(assigner, model_config.seed, device, on_progress)
+        lines = fill_with_dummies(assigner, model_config.seed, device, on_progress)
     else:
         lines = _fill_from_files(assigner, model_config, load_config, on_progress)
     weights_bytes = parameter_bytes(model)
@@ -136,9 +136,10 @@ def _fill_from_files(
     return checkpoint.fingerprint()
 
 
-def _fill_with_dummies(
+def fill_with_dummies(
     assigner: WeightAssigner, seed: int, device: torch.device, on_progress: OnProgress
 ) -> list[str]:
+    """Fill every parameter with values that depend on the seed and on names alone."""
     slots = list(assigner.slots())
     lines = [f"dummy {seed}"]
     for number, (slot, shape) in enumerate(slots, 1):
