@@ -93,10 +93,12 @@ class CoreLink:
         self._unsent.append((message, frames))
         self.flush()
 
-    def flush(self) -> None:
-        """Send what was kept, as far as the core takes it."""
+    def flush(self) -> bool:
+        """Send what was kept, as far as the core takes it; whether that was anything."""
+        num_before = len(self._unsent)
         while self._unsent and self._channel.try_send(*self._unsent[0]):
             self._unsent.popleft()
+        return len(self._unsent) < num_before
 
     def make_call(self, operation: AnyOperation) -> Call:
         """A call with an id of its own."""
@@ -110,8 +112,14 @@ class CoreLink:
             EngineDeadError: the core said that it ends.
             ProtocolError: the core does not accept this frontend.
         """
-        self.flush()
-        while (received := self._channel.receive(0)) is not None:
+        while True:
+            received = self._channel.receive(0)
+            if received is None:
+                # Receiving may have noticed that there is room now, and sending that there is
+                # something to receive: the descriptor will not tell again.
+                if self.flush():
+                    continue
+                return None
             self._unanswered_since_s = None
             match received[0]:
                 case Heartbeat():
@@ -126,7 +134,6 @@ class CoreLink:
                 case EngineOutputs():
                     self._num_to_acknowledge += 1
             return received
-        return None
 
     def acknowledge(self) -> None:
         """Give back credits for what was taken in so far, once that is worth a message."""
