@@ -116,7 +116,7 @@ class FastTokenizer:
             )
         )
         self._pieces: dict[bool, Pieces | None] = {}
-        self._vocab_size: int = max(
+        self._largest_id: int = max(
             (
                 backend.get_vocab_size(with_added_tokens=True) - 1,
                 *backend.get_added_tokens_decoder(),
@@ -134,7 +134,7 @@ class FastTokenizer:
     @property
     def vocab_size(self) -> int:
         """Token ids are below this, added tokens included."""
-        return self._vocab_size + 1
+        return self._largest_id + 1
 
     @property
     def bos_token_id(self) -> int | None:
@@ -191,7 +191,8 @@ class FastTokenizer:
 
     def decode_raw(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         """``decode`` without cleaning up spaces."""
-        text: str = self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        known = [token_id for token_id in ids if 0 <= token_id <= self._largest_id]
+        text: str = self._backend.decode(known, skip_special_tokens=skip_special_tokens)
         return text
 
     def batch_decode(
@@ -205,7 +206,10 @@ class FastTokenizer:
     ) -> list[str]:
         """The vocabulary's own spelling of each id; "" for an id it does not have."""
         skipped = set(self.all_special_ids) if skip_special_tokens else ()
-        return [self._backend.id_to_token(i) or "" for i in ids if i not in skipped]
+        kept = [token_id for token_id in ids if token_id not in skipped]
+        return [
+            (self._backend.id_to_token(i) or "") if 0 <= i <= self._largest_id else "" for i in kept
+        ]
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
         """The id of a token, or of each of several; the unknown token's id where there is none."""

@@ -74,5 +74,5 @@ def test_code_of_its_own_is_refused_unless_allowed(tmp_path: Path) -> None:
 
 
 def test_an_empty_directory_holds_no_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--tokenizer: .* holds no tokenizer"):
+    with pytest.raises(ConfigError, match=r"--tokenizer: .* holds no tokenizer"):
         load_tokenizer_directory(tmp_path)
