@@ -62,8 +62,10 @@ class BlockPool:
         """How many holders a block has."""
         return self._blocks[block_id].ref_count
 
-    def num_free_among(self, block_ids: Iterable[int]) -> int:
+    def num_free_among(self, block_ids: Sequence[int]) -> int:
         """How many of these blocks are free: holding them would take so many from the pool."""
+        if not block_ids:
+            return 0
         blocks = self._blocks
         return sum(1 for i in block_ids if i != NULL_BLOCK_ID and blocks[i].ref_count == 0)
 

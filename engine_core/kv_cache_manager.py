@@ -123,13 +123,13 @@ class KVCacheManager:
         """
         pool, table = self.gpu_pool, request.block_ids
         start = prefix.num_tokens or request.num_computed_tokens
-        self._release_behind_window(request, start)
+        if self._window is not None:
+            self._release_behind_window(request, start, self._window)
         wanted = self._num_blocks(start + num_new_tokens + self._num_lookahead_slots)
         num_missing = max(0, wanted - len(table) - len(prefix.block_ids))
         written = start // self.block_size
         is_shared = written < len(table) and pool.ref_count(table[written]) > 1
-        num_free = pool.num_free - pool.num_free_among(prefix.block_ids)
-        if num_missing + is_shared > num_free:
+        if num_missing + is_shared > pool.num_free - pool.num_free_among(prefix.block_ids):
             return None
         if prefix.block_ids:
             assert not table, "a prefix begins a table"
@@ -289,9 +289,9 @@ class KVCacheManager:
     def _extend_hashes(self, request: Request) -> None:
         """Hash the full blocks of known tokens that were not hashed yet."""
         group, hashes, size = request.group, request.block_hashes, self.block_size
-        if len(group.prompt_hashes) < request.num_prompt_tokens // size:
-            group.prompt_hashes = self._hasher.extend(group.root_hash, group.prompt_token_ids)
         if not hashes:
+            if not group.prompt_hashes:
+                group.prompt_hashes = self._hasher.extend(group.root_hash, group.prompt_token_ids)
             hashes.extend(group.prompt_hashes)
         num_full = request.num_tokens // size
         if len(hashes) < num_full:
@@ -320,15 +320,15 @@ class KVCacheManager:
         found = [find(block_hash) for block_hash in hashes[first:end]]
         return [NULL_BLOCK_ID] * first + [i for i in found if i is not None] if end else []
 
-    def _release_behind_window(self, request: Request, num_computed_tokens: int) -> None:
+    def _release_behind_window(
+        self, request: Request, num_computed_tokens: int, window: int
+    ) -> None:
         """Give back blocks that no query from position ``num_computed_tokens`` on looks at.
 
         One token more than needed is kept: branches that fork in this very plan begin one
         position earlier than their leader.
         """
-        if self._window is None:
-            return
-        num_behind = max(0, num_computed_tokens - self._window) // self.block_size
+        num_behind = max(0, num_computed_tokens - window) // self.block_size
         num_behind = min(num_behind, len(request.block_ids))
         if num_behind <= request.num_released_blocks:
             return

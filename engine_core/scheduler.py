@@ -122,15 +122,15 @@ class Scheduler:
         return plan, frames
 
     def _schedule_running(self, step: StepBuilder) -> None:
-        step_id, rows, requests = step.step_id, step.rows, step.requests
+        step_id, add_row, add_request = step.step_id, step.rows.append, step.requests.append
         for request in self.lifecycle.running:  # preemption only ever takes from the list's end
             num_computed = request.num_computed_tokens
             if num_computed < request.decode_until:  # a decode: the hot path, all in line
                 request.num_computed_tokens = num_computed + 1
                 request.num_output_placeholders += 1
                 request.last_step_id = step_id
-                rows.append(request.row)  # type: ignore[arg-type]
-                requests.append(request)
+                add_row(request.row)  # type: ignore[arg-type]
+                add_request(request)
             else:
                 self._schedule_one(request, step)
 
