@@ -1,0 +1,204 @@
+"""Sampling: what the filters keep, how often each token is drawn, and one noise on all paths."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import sampling
+from kernels.sampling_cpu import Rows, gumbel_noise_cpu, sample_cpu
+from tests.kernels.cases import FILTERS, filter_logits, random, sampling_rows
+
+# A row of nothing but bans makes inf - inf, as it would on a GPU, where nobody remarks on it.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
+Path = Callable[[Tensor, Rows, bool], Tensor]
+PATHS = [pytest.param(sample_cpu, id="cpu"), pytest.param(sampling.sample_triton, id="triton")]
+
+SEEDS = torch.tensor([0, 1, -5, 2**62 + 12345, 1])
+POSITIONS = torch.tensor([0, 7, 2**31 - 1, 3, 0])
+FIXED_BITS = [
+    [1203204691, 555632835, 703942268],
+    [220520209, 2006944601, 255569704],
+    [3031712649, 3676877521, 860682649],
+    [1293701114, 186714152, 466529772],
+    [1348985532, 1930604977, 3675637380],
+]
+
+
+def kept_tokens(logits: list[float], **filters: float) -> list[int]:
+    """Which tokens a thousand draws of the definition ever return."""
+    rows = sampling_rows(1000, **{name: [value] * 1000 for name, value in filters.items()})
+    drawn = sampling.sample(torch.tensor([logits]).repeat(1000, 1), **rows._asdict())
+    return sorted(set(drawn.tolist()))
+
+
+PROBABILITIES = [0.05, 0.4, 0.1, 0.25, 0.2]
+LOGITS = [math.log(p) for p in PROBABILITIES]
+
+
+@pytest.mark.parametrize(
+    ("filters", "kept"),
+    [
+        pytest.param({}, [0, 1, 2, 3, 4], id="none"),
+        pytest.param({"top_k": 2}, [1, 3], id="top-k"),
+        pytest.param({"top_k": 5}, [0, 1, 2, 3, 4], id="top-k of all"),
+        pytest.param({"top_p": 0.39}, [1], id="top-p within the first"),
+        pytest.param({"top_p": 0.41}, [1, 3], id="top-p takes the token that crosses it"),
+        pytest.param({"top_p": 0.86}, [1, 2, 3, 4], id="top-p of most"),
+        pytest.param({"min_p": 0.45}, [1, 3, 4], id="min-p, relative to the likeliest"),
+        pytest.param({"min_p": 1.0}, [1], id="min-p of one keeps the likeliest"),
+        # Of [.4 .25 .2 .1] min-p .3 keeps [.4 .25 .2]; renormalised .4 / .85 = .47.
+        pytest.param({"min_p": 0.3, "top_p": 0.46}, [1], id="top-p after min-p"),
+        # Of the two kept the first has .4 / .65 = .615.
+        pytest.param({"top_k": 2, "top_p": 0.61}, [1], id="top-p after top-k: below"),
+        pytest.param({"top_k": 2, "top_p": 0.62}, [1, 3], id="top-p after top-k: above"),
+        # At temperature 2 the likeliest has .4 ** .5 / 2.1 = .30, before it was .4.
+        pytest.param({"temperature": 2.0, "top_p": 0.35}, [1, 3], id="temperature comes first"),
+        pytest.param({"temperature": 0.0}, [1], id="greedy"),
+        pytest.param({"top_p": 1e-9}, [1], id="one token always stays"),
+    ],
+)
+def test_filters_keep_what_their_definition_says(
+    filters: dict[str, float], kept: list[int]
+) -> None:
+    assert kept_tokens(LOGITS, **filters) == kept
+
+
+def test_equal_tokens_stay_or_go_together() -> None:
+    tied = [0.0, 1.0, 1.0, 1.0]
+
+    assert kept_tokens(tied, top_k=1) == [1, 2, 3]
+    assert kept_tokens(tied, top_k=3) == [1, 2, 3]
+    assert kept_tokens(tied, top_p=0.1) == [1, 2, 3]
+    assert kept_tokens(tied, temperature=0.0) == [1]  # the lowest id, when there is no noise
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        pytest.param({}, PROBABILITIES, id="plain"),
+        pytest.param({"temperature": 0.5}, [p * p for p in PROBABILITIES], id="temperature"),
+        pytest.param({"top_k": 3}, [0, 0.4, 0, 0.25, 0.2], id="top-k"),
+        pytest.param({"top_p": 0.7}, [0, 0.4, 0, 0.25, 0.2], id="top-p"),
+        pytest.param({"min_p": 0.25}, [0, 0.4, 0.1, 0.25, 0.2], id="min-p"),
+        pytest.param(
+            {"min_p": 0.2, "top_k": 3, "top_p": 0.6}, [0, 0.4, 0, 0.25, 0], id="all together"
+        ),
+    ],
+)
+def test_draws_follow_the_distribution(filters: dict[str, float], expected: list[float]) -> None:
+    num_draws = 50_000
+    parameters = {name: [value] * num_draws for name, value in filters.items()}
+    rows = sampling_rows(num_draws, seeds=[1234] * num_draws, **parameters)
+    rows = rows._replace(positions=torch.arange(num_draws))
+    logits = torch.tensor([LOGITS]).repeat(num_draws, 1)
+
+    counts = torch.bincount(sampling.sample(logits, **rows._asdict()), minlength=5).double()
+
+    possible = torch.tensor(expected) > 0
+    wanted = torch.tensor(expected).double()[possible] / sum(expected) * num_draws
+    assert not counts[~possible].any()
+    chi_square = ((counts[possible] - wanted) ** 2 / wanted).sum().item()
+    freedom = len(wanted) - 1
+    assert chi_square < freedom + 4 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("run", PATHS)
+@pytest.mark.parametrize("vocab_size", [5000, 130])
+def test_every_combination_of_filters_equals_definition(run: Path, vocab_size: int) -> None:
+    logits, rows = filter_logits(vocab_size), sampling_rows(12, **FILTERS)
+    before = logits.clone()
+
+    token_ids = run(logits, rows, True)
+
+    assert token_ids.tolist() == sampling.sample_reference(logits, rows).tolist()
+    assert logits.equal(before)
+    for b in range(12):  # alone each row draws what it drew in company
+        alone = run(logits[b : b + 1], Rows(*(column[b : b + 1] for column in rows)), True)
+        assert alone[0] == token_ids[b]
+
+
+@pytest.mark.parametrize("run", PATHS)
+def test_rows_without_filters_equal_definition(run: Path) -> None:
+    rows = sampling_rows(12, temperature=FILTERS["temperature"])
+    for vocab_size in (1, 33, 5000):
+        logits = filter_logits(max(8, vocab_size))[:, :vocab_size].contiguous()
+
+        token_ids = run(logits, rows, False)
+
+        assert token_ids.tolist() == sampling.sample_reference(logits, rows).tolist()
+
+
+@pytest.mark.parametrize("run", PATHS)
+def test_no_rows_draw_nothing(run: Path) -> None:
+    assert run(random(0, 5), sampling_rows(0), True).shape == (0,)
+
+
+def test_noise_is_the_same_on_every_path() -> None:
+    noise = sampling.gumbel_noise_reference(SEEDS, POSITIONS, 1500)
+
+    # Same integers, so the rest is one rounding of a logarithm.
+    torch.testing.assert_close(gumbel_noise_cpu(SEEDS, POSITIONS, 1500), noise, rtol=0, atol=2e-6)
+    triton_noise = sampling.gumbel_noise_triton(SEEDS, POSITIONS, 1500)
+    torch.testing.assert_close(triton_noise, noise, rtol=0, atol=2e-6)
+    assert sampling.gumbel_noise(SEEDS, POSITIONS, 1500).equal(
+        gumbel_noise_cpu(SEEDS, POSITIONS, 1500)
+    )
+
+
+def test_noise_bits_do_not_change_between_versions() -> None:
+    bits = sampling.noise_bits_reference(SEEDS, POSITIONS, 3)
+
+    assert bits.tolist() == FIXED_BITS
+
+
+def test_noise_depends_on_every_bit_of_seed_position_and_token() -> None:
+    base = sampling.noise_bits_reference(torch.tensor([77]), torch.tensor([5]), 4096)[0]
+    flipped = [
+        sampling.noise_bits_reference(torch.tensor([77 ^ (1 << i)]), torch.tensor([5]), 4096)[0]
+        for i in range(63)
+    ] + [
+        sampling.noise_bits_reference(torch.tensor([77]), torch.tensor([5 ^ (1 << i)]), 4096)[0]
+        for i in range(31)
+    ]
+    for other in [*flipped, base.roll(1), base.roll(256)]:
+        changed = (base ^ other)[:4096]
+        share = torch.stack([(changed >> i & 1).double().mean() for i in range(32)])
+        assert (share - 0.5).abs().max() < 0.05  # six standard deviations
+
+
+def test_uniforms_are_even_and_never_touch_the_ends() -> None:
+    noise = sampling.gumbel_noise(torch.arange(40), torch.zeros(40, dtype=torch.int64), 25_000)
+    uniforms = torch.exp(-torch.exp(-noise.double()))
+
+    assert noise.isfinite().all()
+    counts = torch.histc(uniforms, bins=100, min=0, max=1)
+    expected = noise.numel() / 100
+    assert ((counts - expected) ** 2 / expected).sum() < 99 + 4 * math.sqrt(2 * 99)
+
+
+def test_greedy_batches_need_no_parameters_but_their_shape() -> None:
+    logits = random(3, 50)
+
+    token_ids = sampling.sample(logits, **sampling_rows(3)._asdict(), any_random=False)
+
+    assert token_ids.equal(logits.argmax(dim=1))
+
+
+def test_shapes_and_dtypes_that_do_not_fit_are_refused() -> None:
+    logits, rows = random(2, 9), sampling_rows(2)
+    with pytest.raises(ValueError, match=r"\[B, V\] float32"):
+        sampling.sample(logits.half(), **rows._asdict())
+    with pytest.raises(ValueError, match=r"must be \[2\]"):
+        sampling.sample(logits, **rows._replace(top_k=rows.top_k[:1])._asdict())
+    with pytest.raises(ValueError, match="int32"):
+        sampling.sample(logits, **rows._replace(top_k=rows.top_k.long())._asdict())
+    with pytest.raises(ValueError, match="contiguous"):
+        sampling.sample(random(9, 2).t(), **rows._asdict())
+    with pytest.raises(ValueError, match=r"must be \[B\]"):
+        sampling.gumbel_noise(rows.seeds, rows.positions[:1], 4)
+    with pytest.raises(ValueError, match="int64"):
+        sampling.gumbel_noise(rows.seeds.int(), rows.positions, 4)
