@@ -1,6 +1,7 @@
 """A real server process on the scripted engine: ``python -m tests.frontend.openai.serve_fake``.
 
-Arguments: the answer, after how many outputs streams hang (or "none"), then the server's flags.
+Arguments: the answer; after how many outputs streams hang, or "never", or "slow" for 50 ms an
+output; then the server's flags.
 """
 
 import asyncio
@@ -19,6 +20,8 @@ from tests.frontend.openai.fake_engine import FakeEngine
 class AbortableEngine(FakeEngine):
     """Ends its streams as the real engine does when they are aborted."""
 
+    pace_s = 0.0
+
     async def generate(
         self, inputs: dict[str, Any], params: Any, request_id: str, **options: Any
     ) -> AsyncGenerator[RequestOutput, None]:
@@ -33,6 +36,7 @@ class AbortableEngine(FakeEngine):
                 if last is not None and self.hang_after is not None:
                     stream = self._wait_for_abort()
                 continue
+            await asyncio.sleep(self.pace_s)
             yield last
         if last is not None:
             for sequence in last.outputs:
@@ -50,11 +54,12 @@ def main() -> int:
     answer, hang_after, *flags = sys.argv[1:]
     args = make_parser("serve_fake").parse_args(flags)
     set_up_logging(args.uvicorn_log_level)
-    hang = None if hang_after == "none" else int(hang_after)
+    hang = int(hang_after) if hang_after.isdigit() else None
     try:
         options, listen = server_options(args, {}), listen_options(args)
         check_certificates(listen)
         engine = AbortableEngine(answer=answer, hang_after=hang)
+        engine.pace_s = 0.05 if hang_after == "slow" else 0.0
         code = run(lambda _: engine, options, listen)
     except EngineError as err:
         return report(err)
