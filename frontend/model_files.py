@@ -116,6 +116,7 @@ def _from_hub(
 ) -> Path:
     try:
         hub = importlib.import_module("huggingface_hub")
+        constants = importlib.import_module("huggingface_hub.constants")
     except ImportError as err:
         raise ConfigError(
             f"{flag} {name}: no such directory, and huggingface_hub, which would look for it on "
@@ -129,7 +130,7 @@ def _from_hub(
                 revision=revision,
                 cache_dir=download_dir,
                 allow_patterns=[*_CONFIG_PATTERNS, *patterns],
-                local_files_only=hub.constants.HF_HUB_OFFLINE,
+                local_files_only=constants.HF_HUB_OFFLINE,
             )
         )
 
@@ -141,9 +142,9 @@ def _from_hub(
             directory = fetch(_WEIGHT_PATTERNS["pt"])
         return directory
     except (OSError, ValueError) as err:  # every error of the hub is one of these
-        where = download_dir or hub.constants.HF_HUB_CACHE
+        where = download_dir or constants.HF_HUB_CACHE
         at = f" at revision {revision}" if revision else ""
-        offline = "; the hub is off (HF_HUB_OFFLINE)" if hub.constants.HF_HUB_OFFLINE else ""
+        offline = "; the hub is off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else ""
         reason = str(err).strip().splitlines() or [type(err).__name__]
         raise ConfigError(
             f"{flag} {name}: no directory of this name in {os.getcwd()}, and no model{at} "
