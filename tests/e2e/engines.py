@@ -51,6 +51,11 @@ def tiny_args(**overrides: Any) -> EngineArgs:
 
 
 def greedy(max_tokens: int = 32, **overrides: Any) -> SamplingParams:
-    """Greedy decoding past the end-of-text tokens, as the oracle did."""
-    options: dict[str, Any] = {"temperature": 0.0, "max_tokens": max_tokens, "ignore_eos": True}
+    """Greedy decoding past the end-of-text tokens and with them in the text, as the oracle did."""
+    options: dict[str, Any] = {
+        "temperature": 0.0,
+        "max_tokens": max_tokens,
+        "ignore_eos": True,
+        "skip_special_tokens": False,
+    }
     return SamplingParams(**(options | overrides))

@@ -12,6 +12,9 @@ import psutil
 from tests.fuzz.fuzz_frames import listening_paths
 
 GONE_LIMIT_S = 10.0
+PACKAGES = {"frontend", "engine_core", "executor"}
+MARK = "HELIOGRAPH_TEST_RUN"  # inherited by every process that the tests start
+os.environ[MARK] = str(os.getpid())
 
 
 @dataclass(frozen=True)
@@ -33,15 +36,18 @@ class Traces:
 
 
 def engine_pids() -> list[int]:
-    """Processes that run one of the three process packages."""
+    """Processes of the three packages that this test process, or a child of it, has started."""
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         line = process.info["cmdline"] or []
-        if process.info["status"] != psutil.STATUS_ZOMBIE and any(
-            line[i : i + 1] == ["-m"] and line[i + 1] in ("frontend", "engine_core", "executor")
-            for i in range(len(line) - 1)
-        ):
-            found.append(process.pid)
+        modules = [line[i + 1] for i in range(len(line) - 1) if line[i] == "-m"]
+        if process.info["status"] == psutil.STATUS_ZOMBIE or not PACKAGES & set(modules):
+            continue
+        try:
+            if process.environ().get(MARK) == os.environ[MARK]:
+                found.append(process.pid)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue  # it ended meanwhile, or belongs to somebody else
     return found
 
 

@@ -23,7 +23,7 @@ def make_requests(count: int) -> list[tuple[list[int], SamplingParams]]:
             best_of=n + rng.choice([0, 0, 1]) if temperature else None,
             temperature=temperature,
             seed=i,
-            max_tokens=rng.randrange(1, 24),
+            max_tokens=rng.randrange(1, 64),
             top_p=rng.choice([1.0, 0.9]),
             top_k=rng.choice([-1, 20]),
             presence_penalty=rng.choice([0.0, 0.5]),

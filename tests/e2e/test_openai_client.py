@@ -11,6 +11,7 @@ from tests.fuzz.servers import running_server
 
 EXPECTED = load_expected()
 FIBONACCI = EXPECTED[0]
+AS_THE_ORACLE = {"ignore_eos": True, "skip_special_tokens": False}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def test_completion_gives_the_oracles_text_and_counts_its_tokens(client: openai.
         prompt=FIBONACCI.prompt,
         max_tokens=32,
         temperature=0,
-        extra_body={"ignore_eos": True, "return_token_ids": True},
+        extra_body=AS_THE_ORACLE | {"return_token_ids": True},
     )
 
     assert answer.choices[0].text == FIBONACCI.text
@@ -50,7 +51,7 @@ def test_streamed_completions_join_to_the_whole_one(client: openai.OpenAI) -> No
     for case in EXPECTED:
         stream = client.completions.create(
             model="tiny", prompt=case.prompt_ids, max_tokens=32, temperature=0, stream=True,
-            stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
+            stream_options={"include_usage": True}, extra_body=AS_THE_ORACLE,
         )  # fmt: skip
         chunks = list(stream)
         assert "".join(c.choices[0].text for c in chunks if c.choices) == case.text
@@ -149,7 +150,7 @@ def test_64_streams_at_once_each_get_their_own_text(url: str) -> None:
                 case = EXPECTED[i % len(EXPECTED)]
                 stream = await client.completions.create(
                     model="tiny", prompt=case.prompt_ids, max_tokens=32, temperature=0,
-                    stream=True, extra_body={"ignore_eos": True},
+                    stream=True, extra_body=AS_THE_ORACLE,
                 )  # fmt: skip
                 parts = [chunk.choices[0].text async for chunk in stream]
                 assert "".join(parts) == case.text
