@@ -89,6 +89,7 @@ class SignalWatch:
     """
 
     def __init__(self, *signals: signal.Signals) -> None:
+        self._signals = frozenset(signals)
         self._receiver, self._sender = socket.socketpair()
         self._receiver.setblocking(False)
         self._sender.setblocking(False)
@@ -107,11 +108,15 @@ class SignalWatch:
         self._sender.close()
 
     def take(self) -> list[signal.Signals]:
-        """The signals since the last call, oldest first."""
+        """The watched signals since the last call, oldest first.
+
+        The descriptor tells of every signal that has a handler; what others watch is not ours.
+        """
         try:
-            return [signal.Signals(number) for number in self._receiver.recv(4096)]
+            numbers = self._receiver.recv(4096)
         except BlockingIOError:
             return []
+        return [s for s in map(signal.Signals, numbers) if s in self._signals]
 
 
 def _noted(_number: int, _frame: FrameType | None) -> None:
