@@ -37,6 +37,7 @@ MAX_MALFORMED = 100  # after these a peer is not listened to any more
 
 _MAX_TRACKED_PEERS = 4096
 _MAX_DROPS_PER_RECEIVE = 256  # then the caller gets a turn: a flood must not hold it
+_RECONNECT_MS = 1000
 _TCP_PING_MS, _TCP_SILENCE_MS = 1000, 5000
 
 T = TypeVar("T")
@@ -200,7 +201,8 @@ class DealerChannel(Generic[T]):
         self._context: zmq.Context[Socket] = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
         _configure(self._socket, max_message_bytes, high_water_mark)
-        self._socket.immediate = True  # queue for connections that exist, not for hopes
+        # Not ``immediate``: it would throw away what a peer said just before it left.
+        self._socket.reconnect_ivl_max = _RECONNECT_MS
         if identity is not None:
             self._socket.routing_id = identity
         self.num_malformed = 0
@@ -223,7 +225,7 @@ class DealerChannel(Generic[T]):
         self._socket.connect(address)
 
     def send(self, message: Message, frames: Frames = (), timeout_s: float = 10.0) -> None:
-        """Send, waiting for a connection or for room while there is none.
+        """Send, waiting for room while there is none. Before a connection stands, it is queued.
 
         Raises:
             EngineDeadError: the peer took nothing for ``timeout_s``.
@@ -240,7 +242,7 @@ class DealerChannel(Generic[T]):
                 raise EngineDeadError(f"the other side took no message for {timeout_s:g} s")
 
     def try_send(self, message: Message, frames: Frames = ()) -> bool:
-        """Send if that is possible now; False when there is no connection or no room."""
+        """Send if there is room now, else False."""
         try:
             self._socket.send_multipart([encoder.encode(message), *frames], zmq.NOBLOCK)
         except zmq.Again:

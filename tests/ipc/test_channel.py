@@ -164,21 +164,47 @@ def test_a_peer_that_reads_nothing_fills_its_own_queue_only() -> None:
         padding = [bytes(100_000)]
         num_sent = sum(router.send(lazy_peer, Heartbeat(1.0), padding) for _ in range(3000))
         assert 10 <= num_sent < 3000
-        assert not router.send(lazy_peer, Heartbeat(1.0), padding)
         assert router.probe(lazy_peer, Heartbeat(1.0))  # full, and still there
         assert router.send(other_peer, Heartbeat(2.0))
         assert other.receive(LIMIT_S) is not None
         other.close()
 
 
-def test_sending_waits_for_a_connection_and_gives_up_in_time(tmp_path: Path) -> None:
-    dealer: DealerChannel[Any] = DealerChannel(core_to_frontend_decoder)
+def test_sending_gives_up_in_time_when_there_is_no_room(tmp_path: Path) -> None:
+    dealer: DealerChannel[Any] = DealerChannel(core_to_frontend_decoder, high_water_mark=2)
     dealer.connect(f"ipc://{tmp_path}/nobody")
+    while dealer.try_send(Heartbeat(1.0)):
+        pass
 
-    assert not dealer.try_send(Heartbeat(1.0))
     with pytest.raises(EngineDeadError, match=r"took no message for 0\.05 s"):
         dealer.send(Heartbeat(1.0), timeout_s=0.05)
     dealer.close()
+
+
+def test_what_is_sent_early_arrives_when_somebody_listens(tmp_path: Path) -> None:
+    dealer: DealerChannel[Any] = DealerChannel(core_to_frontend_decoder)
+    dealer.connect(f"ipc://{tmp_path}/socket")
+    dealer.send(Heartbeat(1.0))
+    router: RouterChannel[Any] = RouterChannel(frontend_to_core_decoder)
+    router.bind(f"ipc://{tmp_path}/socket")
+
+    assert receive_one(router)[1] == Heartbeat(1.0)
+    dealer.close()
+    router.close()
+
+
+def test_the_last_words_of_a_peer_that_left_are_heard() -> None:
+    with make_pair() as (router, dealer):
+        dealer.send(Heartbeat(1.0))
+        peer = receive_one(router)[0]
+        for number in range(100):
+            assert router.send(peer, Heartbeat(float(number)))
+        router.close(linger_s=LIMIT_S)
+        assert wait([dealer], LIMIT_S)
+        assert not wait([], 0.2)  # by now the connection is known to be gone
+
+        heard = [dealer.receive(LIMIT_S) for _ in range(100)]
+        assert [None if item is None else item[0].sent_at_s for item in heard] == list(range(100))
 
 
 def test_receiving_gives_up_in_time() -> None:
@@ -252,11 +278,11 @@ def test_a_message_above_the_limit_cuts_its_own_connection_only() -> None:
     with make_pair(max_message_bytes=10_000) as (router, dealer):
         with make_attacker(first_address(router)) as attacker:
             attacker.send(encoder.encode(AbortRequests(["x" * 20_000])))
-            attacker.send(encoder.encode(AbortRequests(["behind it"])))
             assert wait([router], 0.3) == []
         dealer.send(Heartbeat(1.0))
 
         assert receive_one(router)[1] == Heartbeat(1.0)
+        assert router.num_malformed == 0  # it never got in
 
 
 def test_what_is_remembered_of_bad_peers_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
