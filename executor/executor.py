@@ -54,7 +54,8 @@ class Executor(Protocol):
     def call(self, operation: AnyOperation) -> list[Any]:
         """Run a control operation on every rank, behind the steps submitted so far.
 
-        Answers are one per rank, as plain msgpack values. Steps answered meanwhile are kept.
+        One result per rank: None for Sleep, WakeUp and StartProfile, the trace's file name for
+        StopProfile, WorkerInfo for CheckWorkers. Steps answered meanwhile are kept.
 
         Raises:
             RequestError: the operation failed on a rank, and the rank lives on.

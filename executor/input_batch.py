@@ -22,6 +22,7 @@ class SamplePlaces:
     """The rows that sample in a step, and where their new tokens belong."""
 
     rows: Array  # [S], on the host
+    wishes: int  # every ``Wish`` that one of them has
     rows_on_device: Tensor  # [S] int64
     positions: Tensor  # [S] int64: index of the token to be sampled, prompt included
     places: Tensor  # [S] int64: the same place in the flat token table
@@ -32,6 +33,7 @@ class InputBatch:
     """One forward pass."""
 
     rows: Array  # [B], in plan order
+    wishes: int  # every ``Wish`` that one of them has
     num_new_tokens: Array | int  # [B]; 1 when every row owes one token
     query_start_loc: Array  # [B + 1], on the host
     token_ids: Tensor  # [T] int32
@@ -59,17 +61,19 @@ def build_input_batch(plan: SchedulerOutput, states: RequestStates) -> InputBatc
         row_of_token, positions = rows, num_computed
         max_query_len = 1
     seq_lens = num_computed + num_new_tokens
-    max_seq_len = int(seq_lens.max())
     is_sampled = seq_lens == states.num_tokens[rows]
-    sample_rows, sample_positions = rows[is_sampled], seq_lens[is_sampled]
     tokens, blocks, block_size = states.tokens, states.blocks, states.block_size
+    sample_rows, sample_positions, logit_indices = rows, seq_lens, query_start_loc[:0]
+    if not (max_query_len == 1 and is_sampled.all()):
+        sample_rows, sample_positions = rows[is_sampled], seq_lens[is_sampled]
+        logit_indices = query_start_loc[1:][is_sampled] - 1
     (
         on_device_rows,
         on_device_positions,
         token_places,
         block_places,
         offsets,
-        logit_indices,
+        on_device_logit_indices,
         on_device_sample_rows,
         on_device_sample_positions,
         sample_places,
@@ -82,7 +86,7 @@ def build_input_batch(plan: SchedulerOutput, states: RequestStates) -> InputBatc
             row_of_token * tokens.width + positions,
             row_of_token * blocks.width + positions // block_size,
             positions % block_size,
-            query_start_loc[1:][is_sampled] - 1,
+            logit_indices,
             sample_rows,
             sample_positions,
             sample_rows * tokens.width + sample_positions,
@@ -91,12 +95,21 @@ def build_input_batch(plan: SchedulerOutput, states: RequestStates) -> InputBatc
         ],
         states.device,
     )
+    max_seq_len = int(seq_lens.max())
     max_num_blocks = -(-max_seq_len // block_size)
-    samples = SamplePlaces(
-        sample_rows, on_device_sample_rows, on_device_sample_positions, sample_places
-    )
+    wishes = states.sampling.union(rows)
+    samples = None
+    if sample_rows.size:
+        samples = SamplePlaces(
+            rows=sample_rows,
+            wishes=wishes if sample_rows is rows else states.sampling.union(sample_rows),
+            rows_on_device=on_device_sample_rows,
+            positions=on_device_sample_positions,
+            places=sample_places,
+        )
     return InputBatch(
         rows=rows,
+        wishes=wishes,
         num_new_tokens=num_new_tokens,
         query_start_loc=query_start_loc,
         token_ids=tokens.flat.index_select(0, token_places),
@@ -109,8 +122,8 @@ def build_input_batch(plan: SchedulerOutput, states: RequestStates) -> InputBatc
             max_query_len=max_query_len,
             max_seq_len=max_seq_len,
         ),
-        logit_indices=None if sample_rows.size == positions.size else logit_indices,
-        samples=samples if sample_rows.size else None,
+        logit_indices=on_device_logit_indices if logit_indices.size else None,
+        samples=samples,
     )
 
 
@@ -120,4 +133,6 @@ def place_samples(rows: Array, states: RequestStates) -> SamplePlaces:
     on_device_rows, on_device_positions, places = upload_all(
         [rows, positions, rows * states.tokens.width + positions], states.device
     )
-    return SamplePlaces(rows, on_device_rows, on_device_positions, places)
+    return SamplePlaces(
+        rows, states.sampling.union(rows), on_device_rows, on_device_positions, places
+    )

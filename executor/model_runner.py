@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from executor.input_batch import InputBatch, SamplePlaces, build_input_batch, place_samples
+from executor.input_batch import SamplePlaces, build_input_batch, place_samples
 from executor.kv_cache import KVCache
 from executor.logprobs import PendingLogprobs, compute_logprobs, prompt_logprobs
 from executor.models.interface import CausalLM
@@ -149,27 +149,24 @@ class ModelRunner:
         hidden = self._model.forward(
             batch.token_ids, batch.positions, self._kv_cache.layers, batch.meta
         )
-        step.prompt_logprobs = prompt_logprobs(
-            batch, self._states, hidden, self._model.compute_logits
-        )
+        if batch.wishes & Wish.PROMPT_LOGPROBS:
+            step.prompt_logprobs = prompt_logprobs(
+                batch, self._states, hidden, self._model.compute_logits
+            )
         self._states.advance(batch.rows, batch.num_new_tokens)
         if batch.samples is None:
             return
         if batch.logit_indices is not None:
             hidden = hidden.index_select(0, batch.logit_indices)
         logits = self._model.compute_logits(hidden)
-        leaving = self._states.sampling.rows_with(batch.samples.rows, Wish.PROCESSORS)
-        if not leaving.size:
-            self._sample(logits, batch.samples, step, raw_logits=logits)
+        if batch.wishes & Wish.PROCESSORS:
+            self._send_out(logits, batch.samples.rows, step)
         else:
-            self._send_out(logits, batch, leaving, step)
+            self._sample(logits, batch.samples, step, raw_logits=logits)
 
-    def _send_out(
-        self, logits: Tensor, batch: InputBatch, leaving: Array, step: PendingStep
-    ) -> None:
+    def _send_out(self, logits: Tensor, rows: Array, step: PendingStep) -> None:
         """Rows with processors leave as raw logits; the others are sampled now."""
-        assert batch.samples is not None
-        rows = batch.samples.rows
+        leaving = self._states.sampling.rows_with(rows, Wish.PROCESSORS)
         leaving_rows = rows[leaving]
         raw_logits = logits.index_select(0, upload(leaving, self._states.device))
         step.logits_rows.append((leaving_rows, download(raw_logits)))
@@ -209,8 +206,9 @@ class ModelRunner:
             raw_logits: [S, V] as the model made them; may be ``logits`` itself.
         """
         sampling = self._states.sampling
-        asking = sampling.rows_with(places.rows, Wish.LOGPROBS)
-        if asking.size:
+        asking = places.rows[:0]
+        if places.wishes & Wish.LOGPROBS:
+            asking = sampling.rows_with(places.rows, Wish.LOGPROBS)
             on_device = upload(asking, self._states.device)
             raw_logits = raw_logits.index_select(0, on_device)  # before they change
         sampled = sample_rows(logits, places, self._states)

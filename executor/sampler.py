@@ -15,7 +15,7 @@ from torch import Tensor
 
 from executor.input_batch import SamplePlaces
 from executor.request_states import RequestStates
-from executor.sampling_states import EDITS, Wish
+from executor.sampling_states import DRAWN, EDITS, Wish
 from executor.transfer import Array, upload_all
 from kernels.logits import apply_bitmask, apply_penalties, apply_token_bias, has_nan
 from kernels.sampling import sample
@@ -38,18 +38,16 @@ def sample_rows(logits: Tensor, places: SamplePlaces, states: RequestStates) -> 
     Args:
         logits: [S, V] float32, raw; changed in place where rows ask for it.
     """
-    rows = places.rows
-    wishes = int(np.bitwise_or.reduce(states.sampling.flags[rows]))
-    if not wishes & (EDITS | Wish.RANDOM):
-        best = logits.max(dim=-1)  # a NaN is the maximum of its row
-        return Sampled(best.indices, best.values.isnan())
+    wishes = places.wishes & DRAWN
+    if not wishes:
+        return _greedy(logits)
     is_bad = has_nan(logits)
     if wishes & EDITS:
-        process_logits(logits, rows, states)
+        process_logits(logits, places.rows, states)
     if wishes & _BANS:
         is_bad = is_bad | (logits.amax(dim=-1) == -torch.inf)
     if not wishes & Wish.RANDOM:
-        return Sampled(logits.argmax(dim=-1), is_bad)
+        return Sampled(_greedy(logits).token_ids, is_bad)
     params = states.sampling.gather(places.rows_on_device)
     token_ids = sample(
         logits,
@@ -62,6 +60,16 @@ def sample_rows(logits: Tensor, places: SamplePlaces, states: RequestStates) -> 
         any_filter=bool(wishes & Wish.FILTERS),
     )
     return Sampled(token_ids, is_bad)
+
+
+def _greedy(logits: Tensor) -> Sampled:
+    """The best token of each row; a NaN counts as the maximum of its row."""
+    if logits.is_cuda:
+        best = logits.max(dim=-1)
+        return Sampled(best.indices, best.values.isnan())
+    # On a CPU numpy finds the place of a maximum some twenty times as fast as torch 2.13.
+    token_ids = torch.from_numpy(logits.numpy().argmax(axis=-1))
+    return Sampled(token_ids, logits.gather(1, token_ids.unsqueeze(1)).squeeze(1).isnan())
 
 
 def process_logits(logits: Tensor, rows: Array, states: RequestStates) -> None:

@@ -35,6 +35,8 @@ class Wish(IntFlag):
 
 # Wishes that change logits before the draw.
 EDITS = Wish.PENALTIES | Wish.BIAS | Wish.ALLOWED | Wish.BAD_WORDS | Wish.MIN_TOKENS
+# Without any of these a row is the argmax of its raw logits. A plain number: it is used per step.
+DRAWN = int(EDITS | Wish.RANDOM | Wish.FILTERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,10 @@ class SamplingStates:
         wishes = self.wishes[row]
         assert wishes is not None, f"row {row} is nobody's"
         return wishes
+
+    def union(self, rows: Array) -> int:
+        """Every wish that one of these rows has."""
+        return int(np.bitwise_or.reduce(self.flags[rows]))
 
     def rows_with(self, rows: Array, wish: Wish) -> Array:
         """Which places of ``rows`` hold a row with this wish."""
