@@ -64,9 +64,9 @@ def find_directory(
     if not name or "\0" in name:
         raise ConfigError(f"{flag} must name a directory or a model of the hub, got {name!r}")
     path = Path(name).expanduser()
-    if _is_directory(path):
+    if os.path.isdir(path):  # unlike Path.is_dir, no error for names too long or forbidden
         return path.resolve()
-    if path.exists():
+    if os.path.exists(path):
         raise ConfigError(f"{flag} {name}: must be a directory, not a file")
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ConfigError(f"{flag} {name}: there is no such directory")
@@ -102,13 +102,6 @@ def check_weights(directory: Path, load_format: str) -> None:
             f"--load-format {load_format}: {directory} holds no {' or '.join(patterns)}; "
             f"--load-format dummy runs with random weights"
         )
-
-
-def _is_directory(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:  # a name too long for a path
-        return False
 
 
 def _from_hub(

@@ -94,7 +94,7 @@ def test_a_revision_that_is_not_cached_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("offline")
-@pytest.mark.parametrize("name", ["org/model/", "-x", "a b", "x" * 300, "..", "ünï"])
+@pytest.mark.parametrize("name", ["org/model/", "-x", "a b", "x" * 300, "ünï"])
 def test_names_that_no_hub_has_are_refused_in_one_sentence(name: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--model"):
         find_directory(name, download_dir=str(tmp_path))
