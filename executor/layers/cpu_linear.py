@@ -12,14 +12,14 @@ a row's *place* in the batch never mattered in any form.
 | the same weight stored [K, N] | from 2 rows on, while K is small (see below) | 12 / 29 / 103 |
 | oneDNN packed (mkldnn._linear_pointwise) | yes; with K = 2048 from 2 rows on | 34 / 52 / 133 |
 
-- One row stored [K, N] takes a matrix-vector routine that adds in another order; two equal rows
-  cost 5 to 10 us more and agree with every other batch size.
-- Stored [K, N] with K = 1024, two threads split K for up to 16 rows, and from 129 rows on the
-  blocks change. [K, N] and oneDNN agree bit for bit at K = 384, not at K = 1024.
+- Stored [K, N], one row takes a matrix-vector routine that adds in another order; two equal rows
+  agree with every other batch size. With K = 1024, two threads split K for up to 16 rows, and from
+  129 rows on the blocks change. [K, N] and oneDNN agree bit for bit at K = 384, not at K = 1024.
+- Those weights fit the cache; a model's do not. All 29 products of a model of 14 M parameters in
+  turn, milliseconds at 1 / 8 rows: F.linear 4.5 / 8.9, [K, N] with one row doubled 5.1 / 7.4,
+  oneDNN 4.9 / 6.6; on two threads 2.3 / 8.5, 2.8 / 8.0 and 3.0 / 3.8. So oneDNN comes first.
 - bfloat16: oneDNN packed beats F.linear everywhere (49 / 51 / 63 against 70 / 63 / 82 us on two
   threads). It is batch-invariant at K = 384; at K = 1024 and 2048 up to 32 rows, then no more.
-- Sizes above fit the cache. A whole model does not: then one row costs what reading the weight
-  costs, in every form, and the table's first column is the overhead of a call.
 
 None of this is promised by a library, so nothing is assumed: ``pack`` tries each shape once, with
 the thread count in force, and keeps the first form that passes with the largest tile of rows for
@@ -28,6 +28,7 @@ which it passed. Set the thread count before loading. Larger batches run tile by
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,23 +75,33 @@ def pack(weight: Tensor, bias: Tensor | None, *, deterministic: bool) -> Run:
     forms = _forms(weight.dtype)
     if not deterministic:
         return forms[0](weight, bias)
-    index, tile = _choose(tuple(weight.shape), weight.dtype, torch.get_num_threads())
-    run = forms[index](weight, bias)
-    return _invariant(run, tile) if tile else fixed_tiles(run, _FIXED_TILE)
+    shape = (weight.shape[0], weight.shape[1])
+    choice = _choose(shape, weight.dtype, torch.get_num_threads())
+    run = forms[choice.form](weight, bias)
+    return _invariant(run, choice) if choice.tile else fixed_tiles(run, _FIXED_TILE)
+
+
+class Choice(NamedTuple):
+    """What the trial found."""
+
+    form: int  # index into the forms of the type
+    tile: int  # rows up to which all batch sizes agree; 0: not enough to be worth it
+    one_row_agrees: bool  # else one row is multiplied as two
 
 
 @functools.cache
-def _choose(shape: tuple[int, int], dtype: torch.dtype, num_threads: int) -> tuple[int, int]:
-    """The first form with the widest invariant tile: its index, and the tile; (0, 0) for none.
+def _choose(shape: tuple[int, int], dtype: torch.dtype, num_threads: int) -> Choice:
+    """The first form with the widest tile of rows that do not depend on each other.
 
     Tried on made-up weights: a routine is picked by shape, type and thread count, not by values.
     """
     weight, x = _probes(shape, dtype)
-    best = (0, 0)
+    best = Choice(form=0, tile=0, one_row_agrees=False)
     for index, form in enumerate(_forms(dtype)):
-        tile = _invariant_rows(form(weight, None), x)
-        if tile > best[1]:
-            best = (index, tile)
+        run = form(weight, None)
+        tile = _invariant_rows(run, x)
+        if tile > best.tile:
+            best = Choice(index, tile, torch.equal(run(x[:1]), run(x[:2])[:1]))
         if tile == _TILES[0]:
             break
     return best
@@ -114,7 +125,7 @@ def fixed_tiles(run: Run, rows: int) -> Run:
 def _forms(dtype: torch.dtype) -> list[Form]:
     """The ways to multiply, fastest first."""
     if dtype == torch.float32:
-        return [_columns, _onednn] if _has_onednn() else [_columns]
+        return [_onednn, _columns] if _has_onednn() else [_columns]
     if dtype == torch.bfloat16 and _has_onednn():
         return [_onednn]
     return [_plain]
@@ -141,11 +152,12 @@ def _plain(weight: Tensor, bias: Tensor | None) -> Run:
     return lambda x: torch.nn.functional.linear(x, weight, bias)
 
 
-def _invariant(run: Run, tile: int) -> Run:
-    """Keep within what was probed: never one row, never more than ``tile``."""
+def _invariant(run: Run, choice: Choice) -> Run:
+    """Keep within what agreed when it was tried."""
+    tile, smallest = choice.tile, 1 if choice.one_row_agrees else 2
 
     def one_tile(x: Tensor) -> Tensor:
-        return run(torch.cat((x, x)))[:1] if x.shape[0] == 1 else run(x)
+        return run(x) if x.shape[0] >= smallest else run(torch.cat((x, x)))[: x.shape[0]]
 
     def invariant(x: Tensor) -> Tensor:
         if x.shape[0] <= tile:

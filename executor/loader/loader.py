@@ -55,7 +55,7 @@ def load_model(
         EngineStartError: the checkpoint is broken or does not fit the model.
     """
     if not registry.is_native(model_config.hf_config):
-        return _load_fallback(model_config, load_config, device, tp)
+        return _load_fallback(model_config, load_config, device, tp, on_progress)
     shape, dtype = _shape_and_dtype(model_config)
     method = UnquantizedLinearMethod(deterministic=bool(model_config.deterministic))
     with torch.device("meta"):
@@ -77,9 +77,11 @@ def load_model(
 
 
 def _shape_and_dtype(model_config: ModelConfig) -> tuple[ModelShape, torch.dtype]:
-    if model_config.quantization is not None:
+    in_config = model_config.hf_config.get("quantization_config") or {}
+    method = model_config.quantization or in_config.get("quant_method")
+    if method is not None:
         raise ConfigError(
-            f"--quantization {model_config.quantization} is not supported by this version"
+            f"--quantization {method} is not supported by this version, nor are checkpoints in it"
         )
     if model_config.dtype not in _DTYPES:
         raise ConfigError(f"--dtype must be resolved to one of {', '.join(_DTYPES)} before loading")
@@ -96,6 +98,7 @@ def _load_fallback(
     load_config: LoadConfig,
     device: torch.device,
     tp: TensorParallel,
+    on_progress: OnProgress,
 ) -> LoadedModel:
     """An architecture without a file of its own: transformers builds and reads it."""
     fallback = importlib.import_module("executor.models.transformers_fallback")
@@ -106,13 +109,23 @@ def _load_fallback(
             f"--tensor-parallel-size {tp.size} is not supported for {shape.architecture}, "
             f"which runs through transformers"
         )
+    if load_config.load_format == "npcache":
+        raise ConfigError(
+            f"--load-format npcache is not supported for {shape.architecture}, "
+            f"which runs through transformers"
+        )
+    on_progress("weights", 0, 1)
     if load_config.load_format == "dummy":
         lines = [f"dummy {model_config.seed}"]
         model = fallback.make_random(model_config, shape, dtype, device)
     else:
         checkpoint = open_checkpoint(Path(model_config.model_path), load_config)
         lines = checkpoint.fingerprint()
-        model = fallback.load_from_files(model_config, shape, dtype, device)
+        is_safe = any(name.endswith(".safetensors") for name in checkpoint.file_sizes)
+        model = fallback.load_from_files(
+            model_config, shape, dtype, device, use_safetensors=is_safe
+        )
+    on_progress("weights", 1, 1)
     digest = _digest(model_config.hf_config, lines)
     return LoadedModel(model, model.weights_bytes, digest)
 

@@ -35,7 +35,7 @@ class OPTForCausalLM(nn.Module):
             (".fc1.", ".mlp.up_proj."),
             (".fc2.", ".mlp.down_proj."),
         ),
-        ignored=(),
+        ignored=("decoder.version",),
     )
 
     def __init__(self, shape: ModelShape, factory: LayerFactory) -> None:

@@ -30,6 +30,9 @@ from kernels.store_kv_cache import store_kv_cache
 
 _ATTENTION = "heliograph_paged"
 _GPU_TILE = 64
+# Options of attention functions that change the result and that ours does not have.
+_UNKNOWN_OPTIONS = ("s_aux", "position_bias", "head_mask", "chunk_size")
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 @dataclass(slots=True)
@@ -39,6 +42,7 @@ class _Step:
     kv_caches: list[LayerKVCache]
     meta: AttentionMetadata | None  # None: the trial run, which only writes ``specs``
     specs: dict[int, KVCacheSpec] = field(default_factory=dict)
+    windows: dict[int, int | None] = field(default_factory=dict)
 
 
 class TransformersForCausalLM(nn.Module):
@@ -111,11 +115,22 @@ class TransformersForCausalLM(nn.Module):
             raise ConfigError(
                 f"{name} is not supported: it makes its logits in a way that is not known here"
             )
+        windows = tuple(step.windows[layer] for layer in range(shape.num_layers))
+        if shape.hf_config.get("layer_types") and windows != shape.sliding_windows:
+            raise ConfigError(
+                f"{name} is not supported: its layers tell attention of windows {windows}, "
+                f"its config of {shape.sliding_windows}"
+            )
         return [step.specs[layer] for layer in range(shape.num_layers)]
 
 
 def load_from_files(
-    model_config: ModelConfig, shape: ModelShape, dtype: torch.dtype, device: torch.device
+    model_config: ModelConfig,
+    shape: ModelShape,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    use_safetensors: bool,
 ) -> TransformersForCausalLM:
     """Let transformers read the checkpoint, with whatever renaming its version needs.
 
@@ -133,6 +148,7 @@ def load_from_files(
             trust_remote_code=model_config.trust_remote_code,
             code_revision=model_config.code_revision,
             local_files_only=True,
+            use_safetensors=use_safetensors,
         )
     except (OSError, ValueError, RuntimeError, ImportError) as err:
         raise EngineStartError(f"transformers cannot load {model_config.model}: {err}") from err
@@ -173,6 +189,9 @@ def check_supported(model_config: ModelConfig) -> None:
     name = ", ".join(config.get("architectures") or [])
     if config.get("is_encoder_decoder"):
         raise ConfigError(f"{name} is an encoder-decoder model, which is not supported")
+    strange = set(config.get("layer_types") or []) - _LAYER_TYPES
+    if strange:
+        raise ConfigError(f"{name} has layers of {', '.join(sorted(strange))}: not supported")
     if config.get("auto_map") and not model_config.trust_remote_code:
         raise ConfigError(
             f"{name} is defined by code in the model's own repository: "
@@ -219,8 +238,11 @@ def _paged_attention(
     if value_dim < head_dim:  # one head size per cache: the rest is zero, and cut off again
         v = nn.functional.pad(v, (0, head_dim - value_dim))
     meta = paged_step.meta
+    window = options.get("sliding_window", getattr(module, "sliding_window", None))
     if meta is None:
+        _check_call(module, attention_mask, options)
         paged_step.specs[module.layer_idx] = KVCacheSpec(k.shape[1], head_dim)
+        paged_step.windows[module.layer_idx] = window
         return torch.zeros_like(q)[None, ..., :value_dim], None
     cache = paged_step.kv_caches[module.layer_idx]
     store_kv_cache(k, v, cache.key, cache.value, meta.slot_mapping)
@@ -234,10 +256,24 @@ def _paged_attention(
         max_query_len=meta.max_query_len,
         max_seq_len=meta.max_seq_len,
         scale=head_dim**-0.5 if scaling is None else scaling,
-        sliding_window=options.get("sliding_window", getattr(module, "sliding_window", None)),
+        sliding_window=window,
         soft_cap=options.get("softcap"),
     )
     return out[None, ..., :value_dim], None
+
+
+def _check_call(module: Any, attention_mask: Tensor | None, options: dict[str, Any]) -> None:
+    """Refuse attention that is more than causal, windowed and soft-capped."""
+    asked = [name for name in _UNKNOWN_OPTIONS if options.get(name) is not None]
+    if attention_mask is not None:
+        asked.append("attention_mask")
+    if not (options.get("is_causal", True) and getattr(module, "is_causal", True)):
+        asked.append("bidirectional attention")
+    if asked:
+        raise ConfigError(
+            f"{type(module).__name__} of transformers needs {', '.join(asked)}, "
+            f"which paged attention does not support"
+        )
 
 
 class _Dense(nn.Module):

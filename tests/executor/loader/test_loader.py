@@ -273,7 +273,16 @@ def _raw_parameters(path: Path, load_format: str, tp: TensorParallel) -> dict[st
     return dict(model.named_parameters())
 
 
-def test_a_quantized_checkpoint_is_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"quantization": "awq"}, id="by flag"),
+        pytest.param(
+            {"hf_overrides": {"quantization_config": {"quant_method": "awq"}}}, id="by config"
+        ),
+    ],
+)
+def test_a_quantized_checkpoint_is_refused_by_name(changes: dict[str, Any], tmp_path: Path) -> None:
     make_checkpoint(tmp_path)
     with pytest.raises(ConfigError, match="--quantization awq"):
-        load(tmp_path, quantization="awq")
+        load(tmp_path, **changes)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 
+from executor.parallel import TensorParallel
 from ipc.errors import ConfigError
 from tests.executor.forward_driver import Driver, load
 
@@ -105,6 +106,27 @@ def test_a_state_space_model_is_refused(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="not supported"):
         load(tmp_path, "dummy", hf_overrides={"num_attention_heads": 1})
+
+
+def test_attention_sinks_are_refused_not_ignored(tmp_path: Path) -> None:
+    values = SMALL | {"head_dim": 16, "num_local_experts": 2, "num_experts_per_tok": 1}
+    config = transformers.GptOssConfig(**values, architectures=["GptOssForCausalLM"])
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="s_aux"):
+        load(tmp_path, "dummy")
+
+
+def test_chunked_attention_is_refused_not_ignored(tmp_path: Path) -> None:
+    save_model(*CASES["granite, which scales its logits"], tmp_path)
+    overrides = {"layer_types": ["chunked_attention", "full_attention"]}
+    with pytest.raises(ConfigError, match="chunked_attention"):
+        load(tmp_path, "dummy", hf_overrides=overrides)
+
+
+def test_several_ranks_are_refused(tmp_path: Path) -> None:
+    save_model(*CASES["granite, which scales its logits"], tmp_path)
+    with pytest.raises(ConfigError, match="--tensor-parallel-size 2"):
+        load(tmp_path, tp=TensorParallel(0, 2))
 
 
 def test_code_in_the_repository_needs_permission(tmp_path: Path) -> None:
