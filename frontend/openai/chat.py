@@ -42,6 +42,13 @@ from frontend.outputs import CompletionOutput, RequestOutput
 from frontend.untrusted_template import render_untrusted
 from ipc.errors import RequestError
 
+# How the engine's names of fields are called in this body.
+FIELD_NAMES = {
+    "prompt": "messages",
+    "prompt_token_ids": "messages",
+    "logprobs": "top_logprobs",
+}
+
 
 async def create_chat_completion(state: ServerState, request: Request) -> Response:
     """Serve one request."""
@@ -65,9 +72,10 @@ async def make_answer(
     max_tokens = (
         body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
     )
+    state.check_max_tokens("max_tokens", max_tokens)
     params = sampling_params(body, state.chat_defaults, max_tokens)
     prompt = await chat_prompt(state, body)
-    (job,) = make_jobs(request, state, body, [prompt], params)
+    (job,) = make_jobs(request, body, [prompt], params, FIELD_NAMES)
     return ChatAnswer(state, body, job)
 
 

@@ -1,7 +1,8 @@
 """POST /v1/completions: prompts in, choices numbered prompt times n out, whole or streamed."""
 
 import time
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -41,6 +42,12 @@ from frontend.openai.state import COMPLETION_DEFAULTS, ServerState
 from frontend.outputs import CompletionOutput, RequestOutput
 from ipc.errors import RequestError
 
+if TYPE_CHECKING:
+    from frontend.tokenizer import Tokenizer
+
+# How the engine's names of fields are called in this body.
+FIELD_NAMES = {"prompt_token_ids": "prompt"}
+
 
 async def create_completion(state: ServerState, request: Request) -> Response:
     """Serve one request."""
@@ -67,11 +74,12 @@ def make_answer(state: ServerState, request: Request, body: CompletionRequest) -
             param="prompt",
         )
     max_tokens = 16 if body.max_tokens is None else body.max_tokens
+    state.check_max_tokens("max_tokens", max_tokens)
     is_prompt_only = bool(body.echo) and max_tokens == 0
     params = sampling_params(body, COMPLETION_DEFAULTS, 1 if is_prompt_only else max_tokens)
     if body.echo and body.logprobs is not None and params.prompt_logprobs is None:
         params.prompt_logprobs = body.logprobs
-    jobs = make_jobs(request, state, body, prompts, params)
+    jobs = make_jobs(request, body, prompts, params, FIELD_NAMES)
     return Answer(state, body, jobs, is_prompt_only=is_prompt_only)
 
 
@@ -212,7 +220,11 @@ class Answer:
 
     def _make_logprobs(self) -> CompletionLogprobs | None:
         num_top = self._body.logprobs
-        return None if num_top is None else CompletionLogprobs(num_top, as_ids=self._as_ids)
+        if num_top is None:
+            return None
+        tokenizer = self._state.tokenizer
+        text_of = None if tokenizer is None else partial(_text_of_token, tokenizer)
+        return CompletionLogprobs(num_top, as_ids=self._as_ids, text_of=text_of)
 
     def _logprobs(
         self,
@@ -238,3 +250,7 @@ class Answer:
         if self._is_prompt_only and sequence.finish_reason is not None:
             return "length"
         return sequence.finish_reason
+
+
+def _text_of_token(tokenizer: "Tokenizer", token_id: int) -> str:
+    return tokenizer.decode([token_id], skip_special_tokens=False)

@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -37,6 +37,7 @@ class Job:
     priority: int
     cache_salt: str | None
     add_special_tokens: bool
+    field_names: Mapping[str, str]  # the engine's name of a field -> the body's
 
 
 async def read_body(request: Request, kind: type[Body], state: ServerState) -> Body:
@@ -80,10 +81,10 @@ async def _read_bounded(request: Request) -> bytes:
 
 def make_jobs(
     request: Request,
-    state: ServerState,
     body: Tuning,
     prompts: list[Prompt],
     params: SamplingParams,
+    field_names: Mapping[str, str],
 ) -> list[Job]:
     """One job per prompt, with ids that nobody can guess.
 
@@ -107,6 +108,7 @@ def make_jobs(
             priority=body.priority or 0,
             cache_salt=":".join(salts) or None,
             add_special_tokens=True if add_special_tokens is None else add_special_tokens,
+            field_names=field_names,
         )
         for i, prompt in enumerate(prompts)
     ]
@@ -121,7 +123,11 @@ async def consume(
     if isinstance(job.prompt, str):
         inputs = {"prompt": job.prompt}
         options["tokenization_kwargs"] = {"add_special_tokens": job.add_special_tokens}
-    stream = await state.engine.add_request(job.req_id, inputs, job.params, **options)
+    try:
+        stream = await state.engine.add_request(job.req_id, inputs, job.params, **options)
+    except RequestError as err:
+        err.param = job.field_names.get(err.param or "", err.param)
+        raise
     state.open_req_ids.add(job.req_id)
     try:
         async for output in stream:

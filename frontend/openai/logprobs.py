@@ -1,6 +1,6 @@
 """Log-probabilities in the two forms of the OpenAI API."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from frontend.outputs import Logprob
@@ -13,9 +13,13 @@ Position = Mapping[int, Logprob] | None  # None: the first prompt token, which n
 class CompletionLogprobs:
     """Builds the completions form for one choice, piece by piece: offsets run on."""
 
-    def __init__(self, num_top: int, *, as_ids: bool) -> None:
+    def __init__(
+        self, num_top: int, *, as_ids: bool, text_of: Callable[[int], str] | None = None
+    ) -> None:
+        """``text_of`` names the token that has no log-probability: a prompt's first."""
         self._num_top = num_top
         self._as_ids = as_ids
+        self._text_of = text_of
         self._offset = 0
 
     def take(self, token_ids: Sequence[int], positions: Sequence[Position]) -> dict[str, Any]:
@@ -27,6 +31,8 @@ class CompletionLogprobs:
         for token_id, position in zip(token_ids, positions, strict=True):
             entry = None if position is None else position.get(token_id)
             token = token_name(token_id, entry, self._as_ids)
+            if entry is None and self._text_of is not None and not self._as_ids:
+                token = self._text_of(token_id)
             tokens.append(token)
             offsets.append(self._offset)
             self._offset += len(token)

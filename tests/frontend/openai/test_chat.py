@@ -209,3 +209,10 @@ def test_token_routes_refuse_what_makes_no_sense(path: str, body: dict[str, Any]
     response = ask(app, "POST", path, json=body)
     expected = 200 if body.get("chat_template") else 400  # a template without messages is unused
     assert response.status_code == expected
+
+
+def test_what_the_engine_refuses_is_said_in_the_bodys_own_names() -> None:
+    _, _, app = make_server(FakeEngine(max_model_len=10))
+    response = chat(app, messages=[{"role": "user", "content": "x" * 50}])
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "messages"

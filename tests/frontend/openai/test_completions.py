@@ -155,10 +155,8 @@ def test_echo_with_logprobs_covers_the_prompt_and_offsets_run_on(stream: bool) -
     chosen = [logprob for part in parts for logprob in part["token_logprobs"]]
     offsets = [offset for part in parts for offset in part["text_offset"]]
     assert chosen == [None, -1.0, -1.0, -1.0]
-    assert offsets[-2:] == [
-        parts[0]["text_offset"][1] + 1,
-        parts[0]["text_offset"][1] + 2,
-    ]
+    assert [token for part in parts for token in part["tokens"]] == ["H", "i", "a", "b"]
+    assert offsets == [0, 1, 2, 3]
 
 
 def test_token_ids_are_returned_when_asked_for() -> None:
@@ -272,3 +270,12 @@ def test_more_sequences_than_a_body_may_ask_for_are_refused() -> None:
     response = complete(app, prompt=["a"] * 100, n=100)
     assert response.status_code == 400
     assert "4096" in response.json()["error"]["message"]
+
+
+def test_more_tokens_than_the_context_has_are_refused() -> None:
+    engine, _, app = make_server()
+    assert complete(app, max_tokens=100).status_code == 200
+    response = complete(app, max_tokens=101)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == "max_tokens"
+    assert len(engine.calls) == 1
