@@ -159,6 +159,8 @@ class KVCacheManager:
         assert not child.block_ids, "a fork begins a table"
         child.block_ids.extend(parent.block_ids[: self._num_blocks(num_tokens)])
         self.gpu_pool.hold(child.block_ids)
+        if self._is_caching:
+            self._extend_hashes(child)
         child.num_released_blocks = _num_leading_nulls(child.block_ids)
         child.num_remembered_blocks = min(
             parent.num_remembered_blocks, num_tokens // self.block_size

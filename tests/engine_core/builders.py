@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine_core.core import EngineCore
+from engine_core.core import EngineCore, Outputs
 from engine_core.scheduler import Scheduler
 from ipc.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from ipc.messages import (
@@ -186,10 +186,13 @@ class Rig:
 
     def step(self) -> None:
         """One turn of the loop, all invariants checked after it."""
-        for peer, message, frames in self.core.step():
+        self.deliver(self.core.step())
+        self.core.check_invariants()
+
+    def deliver(self, outputs: Outputs) -> None:
+        for peer, message, frames in outputs:
             assert peer == CLIENT
             self.client.take(message, frames)
-        self.core.check_invariants()
 
     def answer_logits(self, process: UserProcessor) -> None:
         """Give every row of logits that waits back to the core."""
@@ -204,6 +207,7 @@ class Rig:
         """Step until nothing is open."""
         for _ in range(max_steps):
             if not self.core.has_unfinished:
+                self.deliver(self.core.drain_outputs())
                 self.check_idle()
                 return
             self.step()

@@ -12,7 +12,7 @@ from ipc.messages import AddRequest, FinishReason, ResumedBranch
 from tests.engine_core.builders import CLIENT, Rig, Setup, make_request
 from tests.engine_core.simulated_executor import VOCAB_SIZE, solo_run
 
-NUM_REQUESTS = 70
+NUM_REQUESTS = 40  # in each of the setups below
 PROMPT_STEMS = [[(stem * 13 + i * 5) % VOCAB_SIZE for i in range(96)] for stem in range(4)]
 
 
