@@ -89,7 +89,7 @@ class AsyncLLM:
         self.log_requests = log_requests
         self.max_log_len = max_log_len
         self._starts_by_itself = start_engine_loop
-        self._connecting: asyncio.Task[AsyncSession] | None = None
+        self._connecting: asyncio.Task[None] | None = None
         self._dead: Exception | None = None  # what ended the engine, before or after its start
         self._was_shut_down = False
         self._start: EngineStart = options.pop("engine_start", None) or start_engine(options)
@@ -363,25 +363,28 @@ class AsyncLLM:
 
     async def _ready(self) -> AsyncSession:
         """The session, once there is one. Raises as ``wait_until_ready``."""
-        if self._death is not None:
-            raise self.dead_error
-        if self._connecting is None:
+        if self._connecting is None and self._death is None:
             if not self._starts_by_itself:
                 raise EngineDeadError(
                     "the background loop does not run: call start_background_loop()"
                 )
             self.start_background_loop()
-        assert self._connecting is not None
-        if self._connecting.get_loop() is not asyncio.get_running_loop():
-            raise RuntimeError("this engine belongs to the event loop of its first use")
-        return await asyncio.shield(self._connecting)
+        if self._connecting is not None and self._death is None:
+            if self._connecting.get_loop() is not asyncio.get_running_loop():
+                raise RuntimeError("this engine belongs to the event loop of its first use")
+            await asyncio.shield(self._connecting)
+        if self._death is not None:
+            is_start_error = self._start.session is None and not self._was_shut_down
+            raise self._death if is_start_error else self.dead_error
+        assert self._start.session is not None
+        return self._start.session
 
-    async def _connect(self) -> AsyncSession:
+    async def _connect(self) -> None:
+        """Connect; a failure is kept for those who ask, as nobody may be waiting now."""
         try:
-            return await self._start.connect()
+            await self._start.connect()
         except (EngineError, OSError) as err:
             self._dead = err
-            raise
 
 
 AsyncLLMEngine = AsyncLLM
