@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -32,6 +33,7 @@ from ipc.messages import (
 from ipc.sampling_params import SamplingParams
 from ipc.tensors import Frames
 
+TINY = Path(__file__).resolve().parents[2] / "scripts" / "demo_models" / "tiny"
 EOS = 256  # the byte tokenizer's end-of-text id; below it, an id is the value of a byte
 VOCAB_SIZE = 260
 

@@ -1,14 +1,10 @@
 """Logprobs carry ranks and texts; the chosen token comes first."""
 
-from pathlib import Path
-
 from frontend.logprobs import LogprobDecoder
 from frontend.outputs import Logprob
 from frontend.tokenizer import load_tokenizer_directory
 from ipc.messages import TokenLogprobs
-from tests.frontend.builders import make_tokenizer
-
-TINY = Path(__file__).resolve().parents[2] / "scripts" / "demo_models" / "tiny"
+from tests.frontend.builders import TINY, make_tokenizer
 
 
 def test_the_chosen_token_comes_first_and_keeps_its_rank() -> None:
