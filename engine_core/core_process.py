@@ -11,7 +11,8 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from engine_core.core_server import CoreServer, make_welcome, settle_garbage_collection
+from engine_core.core_server import CoreServer, settle_garbage_collection
+from engine_core.start import StartedCore, start_core
 from ipc.channel import RouterChannel
 from ipc.config import EngineConfig, decode_config
 from ipc.curve import load_server_keys
@@ -67,18 +68,8 @@ class CoreProcess:
     def _start_and_serve(
         self, config: EngineConfig, channel: "RouterChannel[FrontendToCore]"
     ) -> ExitCode:
-        from engine_core.core import EngineCore
-        from executor.executor import make_executor
-
-        executor = None
         try:
-            executor = make_executor(config)
-            ready = executor.start(self._note_progress)
-            core = EngineCore(config, executor, ready, epoch=self._options.epoch)
-            welcome = make_welcome(config, core.limits, ready.model_digest, self._options.epoch)
-            signals = SignalWatch(signal.SIGTERM, signal.SIGINT)
-            server = CoreServer(core, executor, channel, welcome, signals)
-            return self._serve(server)
+            started = start_core(config, on_progress=self._note_progress, epoch=self._options.epoch)
         except ConfigError as err:
             return self._fail(ExitCode.CONFIG, str(err))
         except EngineStartError as err:
@@ -86,11 +77,14 @@ class CoreProcess:
         except Exception as err:
             logger.exception("the engine core could not start")
             return self._fail(ExitCode.START_FAILED, f"{self._phase}: {type(err).__name__}: {err}")
+        try:
+            return self._serve(started, channel)
         finally:
-            if executor is not None:
-                executor.shutdown()
+            started.executor.shutdown()
 
-    def _serve(self, server: CoreServer) -> ExitCode:
+    def _serve(self, started: StartedCore, channel: "RouterChannel[FrontendToCore]") -> ExitCode:
+        signals = SignalWatch(signal.SIGTERM, signal.SIGINT)
+        server = CoreServer(started.core, started.executor, channel, started.welcome, signals)
         settle_garbage_collection()
         self._status.write(Listening(self._address, os.getpid(), self._options.epoch))
         try:

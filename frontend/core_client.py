@@ -53,21 +53,16 @@ class InprocCoreClient:
     def __init__(
         self, config: EngineConfig, executor_class: Callable[[EngineConfig], Any] | None = None
     ) -> None:
-        from engine_core.core import EngineCore
-
-        from engine_core.core_server import make_welcome
         from engine_core.dispatch import answer_call, dispatch
+        from engine_core.start import start_core
 
+        started = start_core(
+            config, on_progress=lambda _progress: None, executor_class=executor_class
+        )
         self._answer_call, self._dispatch = answer_call, dispatch
-        self._executor = _make_executor(config, executor_class)
-        self._finalizer = weakref.finalize(self, self._executor.shutdown)
-        try:
-            ready = self._executor.start(lambda _progress: None)
-            self._core = EngineCore(config, self._executor, ready)
-        except BaseException:
-            self.close()
-            raise
-        self.welcome: Welcome = make_welcome(config, self._core.limits, ready.model_digest, 0)
+        self._core = started.core
+        self._finalizer = weakref.finalize(self, started.executor.shutdown)
+        self.welcome: Welcome = started.welcome
         self._received: deque[tuple[CoreToFrontend, Frames]] = deque()
         self._dead: EngineDeadError | None = None
 
@@ -459,14 +454,6 @@ def _close_async(hooks: LoopHooks, engine: Engine) -> None:
 async def _until_ready(launch: Launch) -> None:
     while not launch.update():
         await until_readable(launch.fileno())
-
-
-def _make_executor(
-    config: EngineConfig, executor_class: Callable[[EngineConfig], Any] | None
-) -> Any:
-    from executor.executor import make_executor
-
-    return make_executor(config) if executor_class is None else executor_class(config)
 
 
 def _no_answer(address: str, timeout_s: float) -> EngineStartError:
