@@ -26,6 +26,7 @@ _MODELS: dict[str, tuple[str, str]] = {
     "Gemma3ForConditionalGeneration": ("gemma3", "Gemma3ForCausalLM"),
     "Phi3ForCausalLM": ("phi3", "Phi3ForCausalLM"),
 }
+NATIVE_ARCHITECTURES = tuple(_MODELS)
 _FALLBACK = ("transformers_fallback", "TransformersForCausalLM")
 
 
