@@ -104,10 +104,8 @@ class Rank:
         boot = self.boot
         channel.send(LoadProgress(boot.rank, "starting", 0, 1, 0.0))
         make_worker = self._make_worker or _default_worker()
-        self._worker = make_worker(
-            decode_config(boot.config), boot.rank, rendezvous=boot.rendezvous
-        )
-        ready = self._worker.start(channel.send)
+        self._worker = make_worker(decode_config(boot.config), boot.rank)
+        ready = self._worker.start(channel.send, boot.rendezvous)
         answers: Answers = DirectAnswers(channel, boot.rank)
         if self._worker.is_asynchronous:
             answers = ThreadedAnswers(self)

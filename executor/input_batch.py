@@ -43,87 +43,99 @@ class InputBatch:
     samples: SamplePlaces | None  # None: no row computes its last token
 
 
+@dataclass(frozen=True, slots=True)
+class _PackedRows:
+    """The scheduled rows' vectors, on the host."""
+
+    rows: Array  # [B]
+    num_new_tokens: Array | int
+    query_start_loc: Array  # [B + 1]
+    seq_lens: Array  # [B]
+    row_of_token: Array  # [T]
+    positions: Array  # [T]
+    max_query_len: int
+
+
 def build_input_batch(plan: SchedulerOutput, states: RequestStates) -> InputBatch:
     """Pack the scheduled rows, which must not be empty. Reads the rows; changes nothing."""
-    rows = np.array(plan.rows, dtype=np.int64)
-    num_computed = states.num_computed_tokens[rows]
-    num_new_tokens: Array | int = 1
-    if plan.num_new_tokens:
-        num_new_tokens = np.array(plan.num_new_tokens, dtype=np.int64)
-        query_start_loc = np.zeros(rows.size + 1, dtype=np.int64)
-        np.cumsum(num_new_tokens, out=query_start_loc[1:])
-        row_of_token = np.repeat(rows, num_new_tokens)
-        first_minus_start = np.repeat(num_computed - query_start_loc[:-1], num_new_tokens)
-        positions = np.arange(row_of_token.size) + first_minus_start
-        max_query_len = int(num_new_tokens.max())
-    else:  # one token for each row: the common case
-        query_start_loc = np.arange(rows.size + 1)
-        row_of_token, positions = rows, num_computed
-        max_query_len = 1
-    seq_lens = num_computed + num_new_tokens
+    packed = _pack_rows(plan, states)
+    rows, positions, seq_lens = packed.rows, packed.positions, packed.seq_lens
     is_sampled = seq_lens == states.num_tokens[rows]
-    tokens, blocks, block_size = states.tokens, states.blocks, states.block_size
-    sample_rows, sample_positions, logit_indices = rows, seq_lens, query_start_loc[:0]
-    if not (max_query_len == 1 and is_sampled.all()):
+    sample_rows, sample_positions, logit_indices = rows, seq_lens, rows[:0]
+    if not (packed.max_query_len == 1 and is_sampled.all()):
         sample_rows, sample_positions = rows[is_sampled], seq_lens[is_sampled]
-        logit_indices = query_start_loc[1:][is_sampled] - 1
-    (
-        on_device_rows,
-        on_device_positions,
-        token_places,
-        block_places,
-        offsets,
-        on_device_logit_indices,
-        on_device_sample_rows,
-        on_device_sample_positions,
-        sample_places,
-        on_device_query_start_loc,
-        on_device_seq_lens,
-    ) = upload_all(
+        logit_indices = packed.query_start_loc[1:][is_sampled] - 1
+    tokens, blocks, block_size = states.tokens, states.blocks, states.block_size
+    on_device = upload_all(
         [
             rows,
             positions,
-            row_of_token * tokens.width + positions,
-            row_of_token * blocks.width + positions // block_size,
+            packed.row_of_token * tokens.width + positions,
+            packed.row_of_token * blocks.width + positions // block_size,
             positions % block_size,
             logit_indices,
             sample_rows,
             sample_positions,
             sample_rows * tokens.width + sample_positions,
-            query_start_loc.astype(np.int32),
+            packed.query_start_loc.astype(np.int32),
             seq_lens.astype(np.int32),
         ],
         states.device,
     )
-    max_seq_len = int(seq_lens.max())
-    max_num_blocks = -(-max_seq_len // block_size)
+    token_places, block_places, offsets = on_device[2:5]
     wishes = states.sampling.union(rows)
     samples = None
     if sample_rows.size:
-        samples = SamplePlaces(
-            rows=sample_rows,
-            wishes=wishes if sample_rows is rows else states.sampling.union(sample_rows),
-            rows_on_device=on_device_sample_rows,
-            positions=on_device_sample_positions,
-            places=sample_places,
-        )
+        sample_wishes = wishes if sample_rows is rows else states.sampling.union(sample_rows)
+        samples = SamplePlaces(sample_rows, sample_wishes, *on_device[6:9])
+    max_seq_len = int(seq_lens.max())
+    max_num_blocks = -(-max_seq_len // block_size)
     return InputBatch(
         rows=rows,
         wishes=wishes,
-        num_new_tokens=num_new_tokens,
-        query_start_loc=query_start_loc,
+        num_new_tokens=packed.num_new_tokens,
+        query_start_loc=packed.query_start_loc,
         token_ids=tokens.flat.index_select(0, token_places),
-        positions=on_device_positions,
+        positions=on_device[1],
         meta=AttentionMetadata(
             slot_mapping=blocks.flat.index_select(0, block_places) * block_size + offsets,
-            block_table=blocks.tensor[:, :max_num_blocks].index_select(0, on_device_rows),
-            query_start_loc=on_device_query_start_loc,
-            seq_lens=on_device_seq_lens,
-            max_query_len=max_query_len,
+            block_table=blocks.tensor[:, :max_num_blocks].index_select(0, on_device[0]),
+            query_start_loc=on_device[9],
+            seq_lens=on_device[10],
+            max_query_len=packed.max_query_len,
             max_seq_len=max_seq_len,
         ),
-        logit_indices=on_device_logit_indices if logit_indices.size else None,
+        logit_indices=on_device[5] if logit_indices.size else None,
         samples=samples,
+    )
+
+
+def _pack_rows(plan: SchedulerOutput, states: RequestStates) -> _PackedRows:
+    rows = np.array(plan.rows, dtype=np.int64)
+    num_computed = states.num_computed_tokens[rows]
+    if not plan.num_new_tokens:  # one token for each row: the common case
+        return _PackedRows(
+            rows=rows,
+            num_new_tokens=1,
+            query_start_loc=np.arange(rows.size + 1),
+            seq_lens=num_computed + 1,
+            row_of_token=rows,
+            positions=num_computed,
+            max_query_len=1,
+        )
+    num_new_tokens = np.array(plan.num_new_tokens, dtype=np.int64)
+    query_start_loc = np.zeros(rows.size + 1, dtype=np.int64)
+    np.cumsum(num_new_tokens, out=query_start_loc[1:])
+    row_of_token = np.repeat(rows, num_new_tokens)
+    first_minus_start = np.repeat(num_computed - query_start_loc[:-1], num_new_tokens)
+    return _PackedRows(
+        rows=rows,
+        num_new_tokens=num_new_tokens,
+        query_start_loc=query_start_loc,
+        seq_lens=num_computed + num_new_tokens,
+        row_of_token=row_of_token,
+        positions=np.arange(row_of_token.size) + first_minus_start,
+        max_query_len=int(num_new_tokens.max()),
     )
 
 

@@ -120,13 +120,11 @@ class Worker:
         config: EngineConfig,
         rank: int,
         *,
-        rendezvous: str | None = None,
         load: LoadModel = load_model,
     ) -> None:
         self.phases = Phases(rank)
         self._config = config
         self._rank = rank
-        self._rendezvous = rendezvous
         self._tp = TensorParallel()
         self._load = load
         self._device = torch.device("cpu")
@@ -142,8 +140,11 @@ class Worker:
         """Whether an executed step still runs when ``execute`` returns."""
         return self._device.type == "cuda"
 
-    def start(self, on_progress: OnProgress) -> WorkerReady:
+    def start(self, on_progress: OnProgress, rendezvous: str | None = None) -> WorkerReady:
         """Set up the device, load the model, allocate the cache, run the first steps.
+
+        Args:
+            rendezvous: path of a file where the ranks meet; needed beyond one worker.
 
         Raises:
             ConfigError: a value cannot work on this machine.
@@ -160,7 +161,7 @@ class Worker:
             if self.is_asynchronous:
                 self._baseline_free = torch.cuda.mem_get_info()[0]
             world_size = config.parallel_config.world_size
-            self._tp = join_group(self._rank, world_size, self._rendezvous, self._device)
+            self._tp = join_group(self._rank, world_size, rendezvous, self._device)
         with phases.phase("loading weights"):
             self._loaded = self._load_weights()
         with phases.phase("memory"):

@@ -8,7 +8,8 @@ from executor.model_runner import ModelRunner
 from executor.request_states import RequestStates
 from ipc.messages import ModelRunnerOutput, NewRow, RowParams, SchedulerOutput
 from ipc.tensors import Frames
-from tests.executor.fake_model import VOCAB_SIZE, FakeModel
+from tests.executor.configs import VOCAB_SIZE
+from tests.executor.fake_model import FakeModel
 
 CPU = torch.device("cpu")
 GREEDY = RowParams(seed=0, temperature=0.0)

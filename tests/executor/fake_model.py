@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from executor.attention_metadata import AttentionMetadata, KVCacheSpec, LayerKVCache
 from executor.models.interface import CheckpointNames, PackedModules
-
-VOCAB_SIZE = 101
+from tests.executor.configs import VOCAB_SIZE
 
 
 def next_token(token_ids: list[int], vocab_size: int = VOCAB_SIZE) -> int:

@@ -13,31 +13,11 @@ from torch import Tensor
 from executor.__main__ import run
 from executor.loader.loader import LoadedModel
 from executor.worker import Worker
-from ipc.config import (
-    CacheConfig,
-    DeviceConfig,
-    EngineConfig,
-    LoadConfig,
-    ModelConfig,
-    ParallelConfig,
-    SchedulerConfig,
-)
+from ipc.config import EngineConfig, LoadConfig, ModelConfig
 from ipc.errors import ConfigError, EngineStartError
-from tests.executor.fake_model import VOCAB_SIZE, FakeModel
+from tests.executor.fake_model import FakeModel
 
 FAILING_TOKEN, ENDLESS_TOKEN = 99, 98
-
-HF_CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 4,
-    "intermediate_size": 8,
-    "num_attention_heads": 1,
-    "num_hidden_layers": 2,
-    "vocab_size": VOCAB_SIZE,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-}
 
 
 class ObedientModel(FakeModel):
@@ -66,26 +46,8 @@ def load(
     return LoadedModel(ObedientModel(), weights_bytes=32, digest="fake")
 
 
-def make_worker(config: EngineConfig, rank: int, rendezvous: str | None = None) -> Worker:
-    return Worker(config, rank, rendezvous=rendezvous, load=load)  # type: ignore[arg-type]
-
-
-def make_config(model: str = "fake", *, num_workers: int = 1, **cache: object) -> EngineConfig:
-    return EngineConfig(
-        model_config=ModelConfig(
-            model=model, hf_config=HF_CONFIG, dtype="float32", max_model_len=64, deterministic=True
-        ),
-        cache_config=CacheConfig(block_size=8, **cache),  # type: ignore[arg-type]
-        scheduler_config=SchedulerConfig(
-            max_num_batched_tokens=256, max_num_seqs=8, max_model_len=64
-        ),
-        parallel_config=ParallelConfig(
-            tensor_parallel_size=num_workers,
-            worker_threads=1,
-            distributed_executor_backend="mp" if num_workers > 1 else None,
-        ),
-        device_config=DeviceConfig("cpu"),
-    )
+def make_worker(config: EngineConfig, rank: int) -> Worker:
+    return Worker(config, rank, load=load)  # type: ignore[arg-type]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from executor.multiproc import MultiprocExecutor
 from executor.uniproc import UniprocExecutor
 from ipc.config import EngineConfig, ParallelConfig
 from ipc.errors import ConfigError
-from tests.executor.fake_worker import make_config
+from tests.executor.configs import make_config
 
 
 class InjectedExecutor:

@@ -8,7 +8,7 @@ from executor.input_batch import build_input_batch
 from executor.logprobs import compute_logprobs, prompt_logprobs
 from ipc.messages import RowParams, TokenLogprobs
 from tests.executor.builders import make_new_row, make_plan, make_states, peaked
-from tests.executor.fake_model import VOCAB_SIZE
+from tests.executor.configs import VOCAB_SIZE
 
 ASKING = RowParams(seed=0, temperature=0.0, num_prompt_logprobs=2)
 

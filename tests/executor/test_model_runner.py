@@ -12,7 +12,8 @@ from executor.model_runner import PendingStep
 from ipc.messages import NewRow, RowParams, SampleRow, SchedulerOutput
 from ipc.tensors import FrameWriter, read
 from tests.executor.builders import GREEDY, Rig, make_new_row, make_plan
-from tests.executor.fake_model import VOCAB_SIZE, FakeModel, next_token
+from tests.executor.configs import VOCAB_SIZE
+from tests.executor.fake_model import FakeModel, next_token
 
 PROCESSED = RowParams(seed=0, temperature=0.0, has_logits_processors=True)
 

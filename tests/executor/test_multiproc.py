@@ -25,8 +25,9 @@ from ipc.messages import (
 )
 from ipc.tensors import Frames, FrameWriter, read
 from tests.executor.builders import make_new_row, make_plan
-from tests.executor.fake_model import VOCAB_SIZE, next_token
-from tests.executor.fake_worker import ENDLESS_TOKEN, FAILING_TOKEN, make_config
+from tests.executor.configs import VOCAB_SIZE, make_config
+from tests.executor.fake_model import next_token
+from tests.executor.fake_worker import ENDLESS_TOKEN, FAILING_TOKEN
 
 FAKE = "tests.executor.fake_worker"
 

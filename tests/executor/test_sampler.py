@@ -12,7 +12,7 @@ from executor.sampler import Sampled, process_logits, sample_rows
 from executor.sampling_states import Wish
 from ipc.messages import RowParams
 from tests.executor.builders import make_new_row, make_plan, make_states, peaked
-from tests.executor.fake_model import VOCAB_SIZE
+from tests.executor.configs import VOCAB_SIZE
 
 
 def make_row_states(

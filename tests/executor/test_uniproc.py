@@ -7,8 +7,9 @@ from ipc.config import EngineConfig
 from ipc.errors import ConfigError, EngineDeadError, EngineStartError, RequestError
 from ipc.messages import CheckWorkers, IsPaused, Sleep, StopProfile, WakeUp
 from tests.executor.builders import make_new_row, make_plan
+from tests.executor.configs import make_config
 from tests.executor.fake_model import next_token
-from tests.executor.fake_worker import FAILING_TOKEN, make_config, make_worker
+from tests.executor.fake_worker import FAILING_TOKEN, make_worker
 
 
 def make_started(config: EngineConfig | None = None) -> UniprocExecutor:

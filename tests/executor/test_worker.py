@@ -22,7 +22,7 @@ from ipc.errors import (
 )
 from ipc.messages import LoadProgress, StartProfile, StopProfile
 from tests.executor.builders import GREEDY, make_new_row, make_plan
-from tests.executor.fake_worker import make_config
+from tests.executor.configs import make_config
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "scripts" / "demo_models" / "tiny"

@@ -10,7 +10,7 @@ import pytest
 from executor.multiproc import MultiprocExecutor
 from ipc.errors import ConfigError, EngineStartError
 from ipc.processes import child_environment
-from tests.executor.fake_worker import make_config
+from tests.executor.configs import make_config
 
 FAKE = "tests.executor.fake_worker"
 
@@ -64,7 +64,7 @@ def test_no_worker_outlives_its_parent() -> None:
 _PARENT = """
 import signal
 from executor.multiproc import MultiprocExecutor
-from tests.executor.fake_worker import make_config
+from tests.executor.configs import make_config
 executor = MultiprocExecutor(make_config(), "tests.executor.fake_worker")
 executor.start(lambda _: None)
 print(executor.pids[0], flush=True)

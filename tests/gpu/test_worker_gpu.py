@@ -19,7 +19,7 @@ from executor.worker import CONTEXT_BYTES, Worker
 from ipc.config import DeviceConfig, EngineConfig, ModelConfig, SchedulerConfig
 from ipc.messages import RowParams, Sleep, WakeUp
 from tests.executor.builders import GREEDY, make_new_row, make_plan
-from tests.executor.fake_worker import make_config
+from tests.executor.configs import make_config
 
 pytestmark = pytest.mark.gpu
 
