@@ -89,4 +89,3 @@ def test_8b_shape_serves_64_requests_within_its_planned_memory() -> None:
     )  # fmt: skip
     assert num_tokens == 64 * 128
     assert used == pytest.approx(planned, rel=0.05)
-

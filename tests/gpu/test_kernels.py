@@ -4,6 +4,7 @@ The wrappers run with synchronisation forbidden: a launch must need no value fro
 """
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -34,8 +35,10 @@ R = TypeVar("R")
 @contextmanager
 def no_synchronisation() -> Iterator[None]:
     """Make torch raise where it would wait for the device."""
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch announces that the mode is a prototype
+            torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
