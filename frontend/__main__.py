@@ -53,7 +53,8 @@ def make_engine(args: argparse.Namespace, metrics: "CollectorRegistry") -> "Asyn
     """
     from frontend.async_llm import AsyncLLM
 
-    loggers = [partial(PrometheusStatLogger, registry=metrics)]
+    vllm_names = not args.disable_vllm_metric_names
+    loggers = [partial(PrometheusStatLogger, registry=metrics, vllm_names=vllm_names)]
     if args.attach is None:
         return AsyncLLM.from_engine_args(
             AsyncEngineArgs.from_cli_args(args),

@@ -184,7 +184,7 @@ class PrometheusStatLogger:
         from frontend.metrics import EngineMetrics
 
         self.engine_index = engine_index
-        self.registry = registry or CollectorRegistry()
+        self.registry = CollectorRegistry() if registry is None else registry
         self._metrics = EngineMetrics(config, vllm_names=vllm_names)
         self.registry.register(self._metrics)
 
