@@ -52,6 +52,7 @@ async def _fuzz(num_inputs: int, seed: int) -> dict[str, int]:
     before = set(listening_paths())
     engine = AsyncLLM.from_engine_args(tiny_args())
     try:
+        await run_streams(engine, -1)
         paths = sorted(set(listening_paths()) - before)
         assert paths, "found no socket of the engine"
         children = psutil.Process().children(recursive=True)

@@ -3,6 +3,7 @@
 The server is a process of its own, and must be as healthy after the last body as before the first.
 """
 
+import contextlib
 import http.client
 import json
 import random
@@ -16,8 +17,11 @@ Schema = dict[str, Any]
 
 def fuzz(url: str, num_inputs: int, seed: int = 0, api_key: str | None = None) -> dict[str, int]:
     """Send bodies to every POST route; returns how many answers had each status."""
-    rng = random.Random(seed)
-    client = Client(url, api_key)
+    with contextlib.closing(Client(url, api_key)) as client:
+        return _fuzz(client, random.Random(seed), num_inputs)
+
+
+def _fuzz(client: "Client", rng: random.Random, num_inputs: int) -> dict[str, int]:
     openapi = json.loads(client.get("/openapi.json"))
     routes = sorted(path for path, methods in openapi["paths"].items() if "post" in methods)
     statuses: dict[str, int] = {}
@@ -28,7 +32,7 @@ def fuzz(url: str, num_inputs: int, seed: int = 0, api_key: str | None = None) -
         statuses[str(status)] = statuses.get(str(status), 0) + 1
         if status >= 500:
             raise AssertionError(
-                f"input {i} of seed {seed}: {status} from {route}: {body[:600]!r} {answer[:600]!r}"
+                f"input {i}: {status} from {route}: {body[:600]!r} {answer[:600]!r}"
             )
         if status >= 400:
             check_error(answer, route, body)
@@ -140,6 +144,11 @@ class Client:
         """Status and body; a stream is read to its end."""
         return self._ask("POST", path, body)
 
+    def close(self) -> None:
+        """Close the connection."""
+        if self._connection is not None:
+            self._connection.close()
+
     def _ask(self, method: str, path: str, body: bytes | None) -> tuple[int, bytes]:
         for attempt in range(2):
             if self._connection is None:
@@ -151,7 +160,7 @@ class Client:
                 answer = self._connection.getresponse()
                 return answer.status, answer.read()
             except (http.client.HTTPException, ConnectionError):
-                self._connection.close()
+                self.close()
                 self._connection = None
                 if attempt:
                     raise
