@@ -24,6 +24,7 @@ from frontend.async_start import (
 from frontend.engine_args import EngineArgs
 from frontend.inputs import NewRequest
 from frontend.lora_request import LoRARequest
+from frontend.output_processor import copy_error
 from frontend.outputs import RequestOutput
 from frontend.pooling_params import PoolingParams
 from frontend.prompts import Prompt
@@ -220,7 +221,10 @@ class AsyncLLM:
     @property
     def dead_error(self) -> EngineDeadError:
         """Why it is stopped."""
-        return EngineDeadError(str(self._death or "the engine is not running"))
+        death = self._death
+        if isinstance(death, EngineDeadError):
+            return copy_error(death)
+        return EngineDeadError(str(death or "the engine is not running"))
 
     def set_errored(self, error: Exception) -> None:
         """Treat the engine as dead: every open stream raises."""

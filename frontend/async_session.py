@@ -15,12 +15,13 @@ from typing import Any, Protocol
 
 from frontend.inputs import InputProcessor, NewRequest
 from frontend.logits_processors import RowWork, run_processors
-from frontend.output_processor import OutputProcessor
+from frontend.output_processor import OutputProcessor, copy_error
 from frontend.outputs import RequestOutput
-from frontend.prompts import ParsedPrompt, parse_prompt
+from frontend.prompts import parse_prompt
 from frontend.request_state import RequestState
 from frontend.stat_loggers import StatLoggerGroup
 from frontend.tokenizer import Tokenizer
+from frontend.tokenizer_pool import TokenizerPool
 from ipc.config import EngineConfig
 from ipc.errors import EngineDeadError, EngineError, EngineOverloadedError
 from ipc.messages import (
@@ -36,8 +37,6 @@ from ipc.messages import (
 )
 from ipc.sampling_params import RequestOutputKind
 from ipc.tensors import Frames
-
-LONG_TEXT_CHARS = 4096  # longer texts are tokenised beside the event loop
 
 logger = logging.getLogger(__name__)
 
@@ -150,16 +149,18 @@ class AsyncSession:
         config: EngineConfig,
         tokenizer: Tokenizer | None,
         stat_loggers: StatLoggerGroup,
+        pool: TokenizerPool | None = None,
     ) -> None:
         limits = client.welcome.limits
         self._client = client
         self._stat_loggers = stat_loggers
+        self._pool = pool
         self._streams: dict[str, StreamRecord] = {}  # by req_id
         self._max_open = limits.max_num_seqs + limits.max_waiting_requests
         self._drains: list[tuple[list[str], asyncio.Future[None]]] = []  # req_ids waited for
         self._thread: ThreadPoolExecutor | None = None  # made with the first slow task
-        self.dead: EngineError | None = None
-        self.inputs = InputProcessor(config.model_config, limits, tokenizer)
+        self.dead: EngineDeadError | None = None
+        self.inputs = InputProcessor(config.model_config, limits, tokenizer, pool)
         self.outputs = OutputProcessor(tokenizer, log_stats=bool(stat_loggers.loggers))
         client.start(self.take_in, self.die)
 
@@ -175,7 +176,9 @@ class AsyncSession:
         self._check_can_open(new)
         prompt = parse_prompt(new.inputs)
         if prompt.token_ids is None:
-            await self._tokenize(prompt, new)
+            assert prompt.text is not None
+            text, options = prompt.text, new.tokenization_kwargs
+            prompt.token_ids = await self.inputs.tokenize_async(text, options)
             self._check_can_open(new)  # the world went on meanwhile
         admitted = self.inputs.admit(new, prompt)
         self._client.send(admitted.message)
@@ -244,7 +247,7 @@ class AsyncSession:
     def die(self, error: EngineDeadError) -> None:
         """The engine stopped: every open stream is told now."""
         self.dead = self.dead or error
-        self._wake(self.outputs.fail_all(str(error), time.time()))
+        self._wake(self.outputs.fail_all(error, time.time()))
         self._note_ended()
 
     def close(self) -> None:
@@ -254,16 +257,9 @@ class AsyncSession:
         self._stat_loggers.close()
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
+        if self._pool is not None:
+            self._pool.close()
         self._client.close()
-
-    async def _tokenize(self, prompt: ParsedPrompt, new: NewRequest) -> None:
-        """Fill in a prompt's ids, beside the event loop when that takes long."""
-        assert prompt.text is not None
-        options = new.tokenization_kwargs
-        if len(prompt.text) <= LONG_TEXT_CHARS:
-            prompt.token_ids = self.inputs.tokenize(prompt.text, options)
-        else:
-            prompt.token_ids = await asyncio.to_thread(self.inputs.tokenize, prompt.text, options)
 
     def _wake(self, states: Iterable[RequestState]) -> None:
         streams = self._streams
@@ -304,7 +300,7 @@ class AsyncSession:
 
     def _check_alive(self) -> None:
         if self.dead is not None:
-            raise EngineDeadError(str(self.dead)) from self.dead
+            raise copy_error(self.dead)
 
     def _note_ended(self) -> None:
         """Tell those who wait for requests to end, as far as these have."""

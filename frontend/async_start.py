@@ -19,6 +19,7 @@ from frontend.engine_setup import (
 from frontend.launcher import Launch
 from frontend.stat_loggers import StatLoggerFactory
 from frontend.tokenizer import Tokenizer
+from frontend.tokenizer_pool import TokenizerPool, make_tokenizer_pool
 from ipc.config import EngineConfig, ParallelConfig, decode_config
 
 Connector = Callable[[], Awaitable[AsyncClient]]
@@ -65,7 +66,8 @@ class EngineStart:
                 self.config = decode_config(client.welcome.config)
                 self.tokenizer = await asyncio.to_thread(load_engine_tokenizer, self.config)
             loggers = make_stat_loggers(self.config, self.stat_loggers, log_stats=self.log_stats)
-            self.session = AsyncSession(client, self.config, self.tokenizer, loggers)
+            pool = make_pool(self.config, self.tokenizer)
+            self.session = AsyncSession(client, self.config, self.tokenizer, loggers, pool)
         except BaseException:
             client.close()
             raise
@@ -79,6 +81,14 @@ class EngineStart:
         if self.launch is not None:
             self.launch.terminate()
             self.launch = None
+
+
+def make_pool(config: EngineConfig, tokenizer: Tokenizer | None) -> TokenizerPool | None:
+    """The pool that the config asks for, if it does."""
+    pool_config = config.tokenizer_pool_config
+    if pool_config is None or pool_config.pool_size == 0 or tokenizer is None:
+        return None
+    return make_tokenizer_pool(pool_config, config.model_config, tokenizer)
 
 
 def start_engine(options: dict[str, Any]) -> EngineStart:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from frontend.inputs import AdmittedRequest, InputProcessor, NewRequest
 from frontend.logits_processors import run_processors
-from frontend.output_processor import OutputProcessor, StepResult
+from frontend.output_processor import OutputProcessor, StepResult, copy_error
 from frontend.outputs import RequestOutput
 from frontend.stat_loggers import StatLoggerGroup
 from frontend.tokenizer import Tokenizer
@@ -188,7 +188,7 @@ class EngineSession:
 
     def _check_alive(self) -> None:
         if self._dead is not None:
-            raise EngineDeadError(str(self._dead))
+            raise copy_error(self._dead)
 
     def _die(self, error: EngineDeadError) -> EngineDeadError:
         """Note the end of the engine; every open request ended with it."""
@@ -196,5 +196,5 @@ class EngineSession:
         self._backlog.clear()
         self._in_core.clear()
         self._unstarted.clear()
-        self.outputs.fail_all(str(error), time.time())
+        self.outputs.fail_all(error, time.time())
         return error

@@ -5,6 +5,7 @@ caller's own SamplingParams object is never changed: the wire gets a copy with t
 token limit filled in and the end-of-text ids of the checkpoint added.
 """
 
+import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,11 +17,13 @@ from frontend.lora_request import LoRARequest
 from frontend.pooling_params import PoolingParams
 from frontend.prompts import ParsedPrompt, Prompt, parse_prompt
 from frontend.tokenizer import Tokenizer
+from frontend.tokenizer_pool import TokenizerPool
 from ipc.config import ModelConfig
 from ipc.errors import RequestError, UnsupportedError
 from ipc.messages import AddRequest, Limits
 from ipc.sampling_params import SamplingParams
 
+LONG_TEXT_CHARS = 4096  # longer texts are tokenised beside the event loop
 MAX_BRANCHES = 128
 MAX_STOP_STRINGS, MAX_STOP_CHARS = 16, 256
 MAX_LIST_ENTRIES = 1024  # stop_token_ids, logit_bias, bad_words
@@ -74,43 +77,55 @@ class InputProcessor:
     """Checks requests against one engine's limits and turns them into messages."""
 
     def __init__(
-        self, model_config: ModelConfig, limits: Limits, tokenizer: Tokenizer | None
+        self,
+        model_config: ModelConfig,
+        limits: Limits,
+        tokenizer: Tokenizer | None,
+        pool: TokenizerPool | None = None,
     ) -> None:
+        """Take requests for an engine with these limits.
+
+        Args:
+            tokenizer: None takes token ids only.
+            pool: tokenises beside the event loop; None: threads do, for long texts.
+        """
         self._model_config = model_config
         self._limits = limits
         self.tokenizer = tokenizer
+        self._pool = pool
         self._seeds = SeedSource(model_config.seed)
         self._num_admitted = 0
         self._eos_token_ids, self._further_eos_token_ids = self._end_of_text_ids()
 
     def set_tokenizer(self, tokenizer: Tokenizer) -> None:
-        """Tokenise from now on with another tokenizer."""
+        """Tokenise from now on with another tokenizer, and without a pool."""
         self.tokenizer = tokenizer
+        self._pool = None
         self._eos_token_ids, self._further_eos_token_ids = self._end_of_text_ids()
 
     def tokenize(self, text: str, options: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of a prompt's text.
 
+        Args:
+            options: ``add_special_tokens``.
+
         Raises:
-            RequestError: there is no tokenizer, or an option is unknown.
+            RequestError: there is no tokenizer, or the text is no valid Unicode.
+            UnsupportedError: an option that this version does not have.
         """
-        options = options or {}
-        unknown = sorted(options.keys() - {"add_special_tokens"})
-        if unknown:
-            raise UnsupportedError(
-                f"tokenization_kwargs: {', '.join(unknown)} is not available; "
-                f"add_special_tokens is",
-                "tokenization_kwargs",
-            )
-        if self.tokenizer is None:
-            raise RequestError(
-                "the tokenizer was not loaded (skip_tokenizer_init): pass prompt_token_ids "
-                "instead of a text",
-                "prompt",
-            )
-        return self.tokenizer.encode(
-            text, add_special_tokens=bool(options.get("add_special_tokens", True))
-        )
+        tokenizer, add_special_tokens = self._check_text(text, options)
+        return tokenizer.encode(text, add_special_tokens)
+
+    async def tokenize_async(
+        self, text: str, options: Mapping[str, Any] | None = None
+    ) -> list[int]:
+        """As ``tokenize``; what takes long is done beside the event loop."""
+        tokenizer, add_special_tokens = self._check_text(text, options)
+        if self._pool is not None:
+            return await self._pool.encode_async(text, add_special_tokens)
+        if len(text) <= LONG_TEXT_CHARS:
+            return tokenizer.encode(text, add_special_tokens)
+        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
 
     def admit(self, new: NewRequest, prompt: ParsedPrompt | None = None) -> AdmittedRequest:
         """Check everything, and make the message.
@@ -147,6 +162,24 @@ class InputProcessor:
         )
         text = new.prompt_text if prompt.text is None else prompt.text
         return AdmittedRequest(new.request_id, text, params, message, new.lora_request, processors)
+
+    def _check_text(self, text: str, options: Mapping[str, Any] | None) -> tuple[Tokenizer, bool]:
+        """The tokenizer, and whether special tokens are wanted."""
+        options = options or {}
+        unknown = sorted(options.keys() - {"add_special_tokens"})
+        if unknown:
+            raise UnsupportedError(
+                f"tokenization_kwargs: {', '.join(unknown)} is not available; "
+                f"add_special_tokens is",
+                "tokenization_kwargs",
+            )
+        if self.tokenizer is None:
+            raise RequestError(
+                "the tokenizer was not loaded (skip_tokenizer_init): pass prompt_token_ids "
+                "instead of a text",
+                "prompt",
+            )
+        return self.tokenizer, bool(options.get("add_special_tokens", True))
 
     def _check_request(self, new: NewRequest) -> SamplingParams:
         """Everything but prompt and parameters; returns the parameters, now of one type."""

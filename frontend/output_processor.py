@@ -7,6 +7,7 @@ nobody and are dropped, as are outputs of another epoch.
 Knows nothing of sockets and event loops: it is told the time, and it says what to send.
 """
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -147,13 +148,13 @@ class OutputProcessor:
         self._end(state.req_id, FinishReason.ABORT, now_s)
         return True
 
-    def fail_all(self, reason: str, now_s: float) -> list[RequestState]:
+    def fail_all(self, error: EngineDeadError, now_s: float) -> list[RequestState]:
         """The engine died: end every open request; return them, oldest first.
 
         Each gets an error object of its own, as each will be raised in another task.
         """
         return [
-            self._end(req_id, FinishReason.ERROR, now_s, EngineDeadError(reason))
+            self._end(req_id, FinishReason.ERROR, now_s, copy_error(error))
             for req_id in tuple(self._states)
         ]
 
@@ -250,6 +251,11 @@ class OutputProcessor:
         self.journal.close(state.req_id)
         if self._log_stats:
             self._finished.append(summarise(state))
+
+
+def copy_error(error: EngineDeadError) -> EngineDeadError:
+    """The same error once more, as nobody has raised it yet."""
+    return copy.copy(error).with_traceback(None)
 
 
 def failure_of(output: EngineOutput) -> EngineError:

@@ -314,13 +314,15 @@ def test_long_texts_are_tokenised_beside_the_loop() -> None:
         limits = make_limits(max_model_len=100_000, num_gpu_blocks=10_000)
         session, client = make_session(FakeCore(always("x"), limits))
         threads = []
-        tokenize = session.inputs.tokenize
+        tokenizer = make_tokenizer()
+        encode = tokenizer.encode
 
         def note(*arguments: Any) -> list[int]:
             threads.append(threading.current_thread() is threading.main_thread())
-            return tokenize(*arguments)
+            return encode(*arguments)
 
-        session.inputs.tokenize = note  # type: ignore[method-assign]
+        tokenizer.encode = note  # type: ignore[method-assign]
+        session.inputs.tokenizer = tokenizer
         for text in ("short", "long " * 5000):
             await read_all(await session.open(make_request(prompt=text)))
         assert threads == [True, False]
@@ -394,5 +396,41 @@ def test_streams_work_with_aclosing_and_break() -> None:
             async for _ in outputs:
                 break
         assert not client.core.has_unfinished
+
+    run(main)
+
+
+class FakePool:
+    """A pool of one worker, which says everything is "x"."""
+
+    def __init__(self) -> None:
+        self.is_closed = False
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [120]
+
+    async def encode_async(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        await asyncio.sleep(0)
+        return [120]
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_a_pool_tokenises_every_text_and_is_closed() -> None:
+    async def main() -> None:
+        client, config, pool = FakeAsyncClient(FakeCore(always("a"))), make_config(), FakePool()
+        loggers = StatLoggerGroup(config, [])
+        session = AsyncSession(client, config, make_tokenizer(), loggers, pool)
+        await read_all(await session.open(make_request(prompt="short")))
+        assert client.core.requests["1"].prompt_token_ids == [120]
+        results = await asyncio.gather(
+            session.open(make_request("same")),
+            session.open(make_request("same")),
+            return_exceptions=True,
+        )
+        assert isinstance(results[1], KeyError)  # both were free when they began to tokenise
+        session.close()
+        assert pool.is_closed
 
     run(main)

@@ -152,6 +152,7 @@ def test_a_salt_and_a_priority_travel() -> None:
     ("prompt", "params", "param"),
     [
         pytest.param("", {}, "prompt", id="an empty prompt"),
+        pytest.param("a\ud800", {}, "prompt", id="half a surrogate pair"),
         pytest.param([], {}, "prompt", id="no ids"),
         pytest.param([VOCAB_SIZE], {}, "prompt_token_ids", id="an id past the vocabulary"),
         pytest.param([-1], {}, "prompt_token_ids", id="a negative id"),

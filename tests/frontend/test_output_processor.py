@@ -3,7 +3,7 @@
 import pytest
 
 from frontend.request_state import RequestState
-from ipc.errors import EngineGenerateError, EngineOverloadedError
+from ipc.errors import DeviceDeadError, EngineGenerateError, EngineOverloadedError
 from ipc.messages import FinishReason, LogitsRow, TensorRef, TokenLogprobs
 from ipc.sampling_params import RequestOutputKind
 from tests.frontend.builders import EOS, make_output, make_rig
@@ -370,7 +370,8 @@ def test_a_row_of_logits_comes_with_the_tokens_before_it() -> None:
 def test_the_death_of_the_engine_ends_every_request_with_an_error_of_its_own() -> None:
     rig = make_rig()
     states = [rig.open("a"), rig.open("b")]
-    assert rig.outputs.fail_all("worker 0 is gone", 0.0) == states
+    assert rig.outputs.fail_all(DeviceDeadError("worker 0 is gone"), 0.0) == states
+    assert {type(state.failure) for state in states} == {DeviceDeadError}
     assert states[0].failure is not states[1].failure
     assert {str(state.failure) for state in states} == {"worker 0 is gone"}
     assert rig.outputs.num_open == len(rig.outputs.journal) == 0
