@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 SILENCE_S = 10.0  # a frontend silent for so long is asked whether it is still there
 MAX_FRONTENDS = 1024
 
-_MAX_MESSAGES_PER_PASS = 1024  # then a step: a flood must not stop the others' tokens
+_MAX_MESSAGES_PER_PASS = 256  # then a step: a flood must not stop the others' tokens
 _SETTLED_S = 1.0  # idle for so long: collect garbage
 _IDLE_S = 5.0  # the longest sleep while there are frontends to look after
 _GC_THRESHOLDS = (100_000, 50, 100)  # in case a core is never idle

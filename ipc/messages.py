@@ -11,9 +11,10 @@ Wires (design: two ROUTER/DEALER pairs, both ends of each typed by a union below
 
 import hashlib
 from enum import IntEnum
+from functools import cache
 
 import msgspec
-import msgspec.inspect
+from msgspec.inspect import multi_type_info
 
 from ipc.sampling_params import SamplingParams
 
@@ -43,9 +44,6 @@ class TensorRef(Part, frozen=True):
     frame: int  # index among the extra frames
     dtype: str  # numpy's name: "float32", "int32", ...
     shape: list[int]
-
-
-# ---------------------------------------------------------------- handshake, both wires
 
 
 class Limits(Part, frozen=True):
@@ -472,19 +470,19 @@ class WorkerError(Message, frozen=True):
 
 
 FrontendToCore = (
-    Hello | AddRequest | AbortRequests | AbortBranches | ProcessedLogits
-    | Ack | Heartbeat | Goodbye | Call
+    Hello | AddRequest | AbortRequests | AbortBranches | ProcessedLogits | Ack | Heartbeat | Goodbye
+    | Call
 )  # fmt: skip
 CoreToFrontend = Welcome | Refused | EngineOutputs | CallResult | Heartbeat | EngineFailed
 CoreToWorker = SchedulerOutput | GrammarMask | Call | Shutdown
 WorkerToCore = LoadProgress | WorkerReady | ModelRunnerOutput | CallResult | WorkerError
 
 
+@cache
 def schema_hash() -> str:
     """Digest of every wire's fields in order; processes with different digests must not talk."""
     wires = (FrontendToCore, CoreToFrontend, CoreToWorker, WorkerToCore)
-    description = repr(msgspec.inspect.multi_type_info(wires))
-    return hashlib.sha256(description.encode()).hexdigest()[:16]
+    return hashlib.sha256(repr(multi_type_info(wires)).encode()).hexdigest()[:16]
 
 
 def _refuse_extension(code: int, _data: memoryview) -> object:
