@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.sampling_cpu import GREEDY_BELOW, Rows, gumbel_noise_cpu, sample_cpu
+from kernels.sampling_cpu import GREEDY_BELOW, Rows, greedy_cpu, gumbel_noise_cpu, sample_cpu
 
 _MASK = 0xFFFFFFFF
 _DRAW_CHUNK = 4096
@@ -62,7 +62,7 @@ def sample(
         raise ValueError(f"logits must be [B, V] float32, not {logits.shape}, {logits.dtype}")
     _check_rows(logits.shape[0], logits, temperature, top_k, top_p, min_p, seeds, positions)
     if not any_random:
-        return logits.argmax(dim=1)
+        return logits.argmax(dim=1) if logits.is_cuda else greedy_cpu(logits)
     rows = Rows(temperature, top_k, top_p, min_p, seeds, positions)
     run = sample_triton if logits.is_cuda else sample_cpu
     return run(logits, rows, any_filter)
@@ -112,7 +112,7 @@ def noise_bits_reference(seeds: Tensor, positions: Tensor, vocab_size: int) -> T
     low, high, position = seeds & _MASK, (seeds >> 32) & _MASK, positions & _MASK
     key_a, key_b = _mix_reference(position ^ 0x3C6EF372), _mix_reference(low ^ 0xA54FF53A)
     for a, b in ((low, high), (high, position)):
-        key_a, key_b = _mix_reference(key_a ^ a), _mix_reference((key_b + b) & _MASK)
+        key_a, key_b = _mix_reference(key_a ^ a), _mix_reference(key_b ^ b)
     token_ids = torch.arange(vocab_size, device=seeds.device)
     x = (token_ids * 0x9E3779B9 + key_a.unsqueeze(1)) & _MASK
     return _mix_reference(_mix_reference(x) ^ key_b.unsqueeze(1))
@@ -232,7 +232,7 @@ def _gumbel(seed, position, token_ids):  # type: ignore[no-untyped-def]
     high = (seed >> 32).to(tl.uint32)
     place = position.to(tl.uint32)
     key_a = _mix(_mix(_mix(place ^ 0x3C6EF372) ^ low) ^ high)
-    key_b = _mix(_mix(_mix(low ^ 0xA54FF53A) + high) + place)
+    key_b = _mix(_mix(_mix(low ^ 0xA54FF53A) ^ high) ^ place)
     x = token_ids.to(tl.uint32) * 0x9E3779B9 + key_a
     bits = _mix(_mix(x) ^ key_b)
     u = ((bits >> 8) | 1).to(tl.float32) * 5.9604644775390625e-08
