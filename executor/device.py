@@ -14,7 +14,7 @@ from torch import distributed as dist
 from executor.parallel import TensorParallel
 from ipc.errors import ConfigError
 
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+_CGROUP = Path("/sys/fs/cgroup")
 
 DTYPES = {
     "float32": torch.float32,
@@ -90,10 +90,21 @@ def usable_cores() -> int:
     """Cores that this process may use: its affinity, and its container's share of time."""
     cores = len(os.sched_getaffinity(0))
     try:
-        quota, period = _CGROUP_LIMIT.read_text().split()
+        quota, period = (_CGROUP / "cpu.max").read_text().split()
         return max(1, min(cores, math.ceil(int(quota) / int(period))))
     except (OSError, ValueError):  # no such file, or "max"
         return cores
+
+
+def host_memory() -> tuple[int, int]:
+    """Bytes of this host that processes may use, and those available now; containers count."""
+    host = psutil.virtual_memory()
+    try:
+        limit = int((_CGROUP / "memory.max").read_text())
+        used = int((_CGROUP / "memory.current").read_text())
+    except (OSError, ValueError):  # no such file, or "max"
+        return host.total, host.available
+    return min(host.total, limit), min(host.available, max(0, limit - used))
 
 
 def memory_used(device: torch.device) -> int:

@@ -11,10 +11,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-import psutil
 import torch
 
-from executor.device import DTYPES, join_group, memory_used, set_up_device, smallest
+from executor.device import (
+    DTYPES,
+    host_memory,
+    join_group,
+    memory_used,
+    set_up_device,
+    smallest,
+)
 from executor.kv_cache import KVCache, bytes_per_block
 from executor.loader.loader import LoadedModel, load_model
 from executor.memory import (
@@ -276,18 +282,18 @@ class Worker:
             max_num_seqs=scheduler.max_num_seqs,
             num_lookahead_slots=scheduler.num_lookahead_slots,
         )
-        host = psutil.virtual_memory()
+        host_total, host_available = host_memory()
         check_swap_space(
             config.cache_config.swap_space,
             num_workers=config.parallel_config.world_size,
-            host_bytes=host.total,
+            host_bytes=host_total,
         )
         if self._device.type == "cuda":
             num_blocks = plan_gpu_blocks(self._measure(activations), config.cache_config, need)
-            swap_limit = host.available
+            swap_limit = host_available
         else:
-            num_blocks = plan_cpu_blocks(host.available, config.cache_config, need)
-            swap_limit = host.available // CPU_SHARE
+            num_blocks = plan_cpu_blocks(host_available, config.cache_config, need)
+            swap_limit = host_available // CPU_SHARE
         num_blocks = smallest(num_blocks, self._tp, self._device)
         num_swap_blocks = plan_swap_blocks(
             config.cache_config.swap_space,

@@ -110,13 +110,6 @@ def test_steps_logits_and_control_operations_cross_the_process_border() -> None:
         assert (life.rank, life.pid, life.num_steps) == (0, executor.pids[0], 3)
 
 
-def test_an_idle_workers_death_is_told_at_once() -> None:
-    with started() as executor:
-        os.kill(executor.pids[0], signal.SIGKILL)
-
-        assert "worker 0 was killed by SIGKILL" in str(wait_for_death(executor))
-
-
 def test_a_death_in_the_middle_of_a_step_is_told_at_once() -> None:
     with started() as executor:
         executor.submit(make_plan([0], [1], new_rows=[make_new_row(0, [ENDLESS_TOKEN])]))

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from executor import device as device_module
-from executor.device import set_up_device, usable_cores
+from executor.device import host_memory, set_up_device, usable_cores
 from executor.failures import dead_error, exit_code, start_error, worker_error
 from executor.worker import Worker
 from ipc.config import EngineConfig, ModelConfig, SchedulerConfig
@@ -132,16 +132,21 @@ def test_a_device_that_is_not_there_is_refused() -> None:
             set_up_device("cuda", 3, threads=None, deterministic=False)
 
 
-def test_threads_follow_the_containers_share(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    limit = tmp_path / "cpu.max"
-    monkeypatch.setattr(device_module, "_CGROUP_LIMIT", limit)
-    without = usable_cores()
-    limit.write_text("max 100000\n")
-    assert usable_cores() == without
-    limit.write_text("50000 100000\n")
+def test_a_containers_limits_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_module, "_CGROUP", tmp_path)
+    cores, (total, available) = usable_cores(), host_memory()
+    assert available < total
+
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert usable_cores() == cores
+    assert host_memory()[0] == total
+
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    (tmp_path / "memory.max").write_text("1000000\n")
+    (tmp_path / "memory.current").write_text("400000\n")
     assert usable_cores() == 1
+    assert host_memory() == (1_000_000, 600_000)
 
 
 @pytest.mark.parametrize(
