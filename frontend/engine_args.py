@@ -273,6 +273,11 @@ class EngineArgs:
     def _model_config(self) -> ModelConfig:
         max_seq_len_to_capture = self.max_seq_len_to_capture
         if self.max_context_len_to_capture is not None:
+            if self.max_context_len_to_capture < 1:
+                raise ConfigError(
+                    f"--max-context-len-to-capture must be at least 1, "
+                    f"got {self.max_context_len_to_capture}"
+                )
             logger.warning(
                 "--max-context-len-to-capture is now called --max-seq-len-to-capture; using %d",
                 self.max_context_len_to_capture,

@@ -213,6 +213,7 @@ def test_the_token_budget_follows_chunking(options: dict[str, Any], budget: int)
         ({"max_model_len": 2049}, "--max-model-len"),
         ({"max_model_len": 0}, "--max-model-len"),
         ({"max_seq_len_to_capture": 0}, "--max-seq-len-to-capture"),
+        ({"max_context_len_to_capture": 0}, "--max-context-len-to-capture"),
         ({"max_steps_in_flight": 0}, "--max-steps-in-flight"),
         ({"scheduling_policy": "random"}, "--scheduling-policy"),
         ({"preemption_mode": "drop"}, "--preemption-mode"),
