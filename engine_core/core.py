@@ -22,7 +22,7 @@ from engine_core.scheduler import Scheduler
 from engine_core.stats import scheduler_stats
 from executor.executor import Executor
 from ipc.config import EngineConfig
-from ipc.errors import ProtocolError, RequestError
+from ipc.errors import EngineError, ProtocolError, RequestError
 from ipc.messages import (
     AddRequest,
     AnyOperation,
@@ -186,7 +186,12 @@ class EngineCore:
         return not self._control.is_holding and any(self._groups.values())
 
     def submit_steps(self) -> bool:
-        """Plan and submit until enough steps are in flight; False when none was."""
+        """Plan and submit until enough steps are in flight; False when none was.
+
+        Raises:
+            EngineError: nothing moves and nothing ever will. Dying of it is better than waiting:
+                a new core starts over with every open request.
+        """
         if self._control.is_holding:
             return False
         has_submitted = False
@@ -196,6 +201,8 @@ class EngineCore:
                 break
             self._executor.submit(*planned)
             has_submitted = True
+        if not has_submitted and self.scheduler.is_stuck:
+            raise EngineError(f"no step can be planned for {self.num_open} open requests")
         return has_submitted
 
     def take_output(self, output: ModelRunnerOutput, frames: Frames) -> Outputs:

@@ -72,6 +72,18 @@ class Scheduler:
         lifecycle = self.lifecycle
         return bool(lifecycle.running or len(lifecycle.waiting) or lifecycle.leaving)
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether nothing will ever move again, though requests are open: always a bug.
+
+        Meant to be asked when nothing could be planned. While a user's processors hold a row of
+        logits, everything may rightly wait for it.
+        """
+        if self._in_flight or not self.has_requests:
+            return False
+        lifecycle = self.lifecycle
+        return not any(r.awaits_user for r in (*lifecycle.running, *lifecycle.waiting))
+
     # ------------------------------------------------------------ requests come and go
 
     def add(self, group: RequestGroup) -> None:

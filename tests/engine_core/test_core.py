@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from engine_core.core import EngineCore
-from ipc.errors import RequestError
+from ipc.errors import EngineError, RequestError
 from ipc.messages import (
     CheckWorkers,
     EngineOutput,
@@ -163,6 +163,14 @@ def test_a_resumed_branch_that_is_complete_is_told_its_end() -> None:
     rig.add(make_request("r", 6, resumed=[ResumedBranch(0, run.token_ids)]))
     assert not rig.core.has_unfinished
     assert [o.finish_reason for o in outputs_of(rig.core)] == [FinishReason.LENGTH]
+
+
+def test_a_core_that_can_never_move_again_dies_loudly() -> None:
+    rig = Rig()
+    rig.add(make_request("r", 20))
+    rig.gpu_pool.allocate(40)  # a leak that leaves nothing
+    with pytest.raises(EngineError, match="no step can be planned for 1 open requests"):
+        rig.step()
 
 
 # ---------------------------------------------------------------- the user's logits processors

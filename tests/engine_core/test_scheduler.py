@@ -346,3 +346,14 @@ def test_a_request_with_nan_fails_alone_and_leaves_nothing_to_find(
     rig.add(make_request("poison", 18, max_tokens=9, seed=1))
     rig.run()
     assert rig.branch("poison").num_cached_tokens == 0
+
+
+def test_a_prompt_aborted_between_chunks_leaves_only_whole_blocks_behind() -> None:
+    rig = Rig(max_num_batched_tokens=20, max_num_seqs=4, block_size=8, max_steps_in_flight=1)
+    rig.add(make_request("a", 40))
+    rig.step()  # 20 of 40 tokens: the third block is half full
+    rig.core.abort_requests(CLIENT, ["a"])
+    rig.add(make_request("b", 40))
+    rig.run()
+    rig.check_solo("b")
+    assert rig.branch("b").num_cached_tokens == 16
