@@ -54,7 +54,7 @@ class Executor(Protocol):
     def call(self, operation: AnyOperation) -> list[Any]:
         """Run a control operation on every rank, behind the steps submitted so far.
 
-        One result per rank: None for Sleep, WakeUp and StartProfile, the trace's file name for
+        One result per rank: None for Sleep, WakeUp and StartProfile, a list of file names for
         StopProfile, WorkerInfo for CheckWorkers. Steps answered meanwhile are kept.
 
         Raises:

@@ -216,7 +216,7 @@ class Worker:
             case StartProfile():
                 self._profiler.start(operation.directory)
             case StopProfile():
-                return self._profiler.stop()
+                return [self._profiler.stop()]
             case CheckWorkers():
                 return self._sign_of_life()
             case _:

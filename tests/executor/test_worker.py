@@ -118,9 +118,9 @@ def test_a_profile_becomes_a_trace_file(tmp_path: Path) -> None:
     worker.call(StartProfile(directory=str(tmp_path / "traces")))
     worker.execute(make_plan([0], [2], new_rows=[make_new_row(0, [5, 6])])).resolve()
 
-    path = worker.call(StopProfile())
+    (path,) = worker.call(StopProfile())  # type: ignore[misc]
 
-    trace = json.loads(Path(str(path)).read_text())
+    trace = json.loads(Path(path).read_text())
     assert any("aten::" in str(event.get("name")) for event in trace["traceEvents"])
 
 
