@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 GREEDY_BELOW = 1e-5  # a temperature under this is argmax
+_LONG_LIST = 512  # tokens of one row
 _CHUNK = 1 << 20  # logits taken at a time, so that their copies stay in a cache
 
 # Noise is made of u in [2**-24, 1 - 2**-24], so it lies between these two, rounded outwards. A
@@ -94,7 +95,8 @@ def _draw(logits: _Floats, draws: _Draws, any_filter: bool) -> npt.NDArray[np.in
     if any_filter:
         floor = np.maximum(floor, _filter_floor(x, largest, draws))
     can_win = x >= floor[:, None]
-    is_dense = can_win.sum(axis=1) * 8 > x.shape[1]
+    # A row's own loop is worth its overhead where a list of its tokens would be long.
+    is_dense = can_win.sum(axis=1) > max(_LONG_LIST, x.shape[1] // 8)
     token_ids = np.empty(len(x), dtype=np.int64)
     for row in np.flatnonzero(is_dense):
         noisy = x[row] + _noise_of(draws.keys[:, [row]], np.arange(x.shape[1], dtype=np.uint32))
