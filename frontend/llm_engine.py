@@ -25,7 +25,7 @@ from frontend.outputs import RequestOutput
 from frontend.pooling_params import PoolingParams
 from frontend.prompts import Prompt, parse_prompt
 from frontend.stat_loggers import StatLoggerFactory
-from frontend.tokenizer import Tokenizer
+from frontend.tokenizer import Tokenizer, as_tokenizer
 from frontend.usage_context import UsageContext
 from ipc.config import DecodingConfig, EngineConfig, ModelConfig
 from ipc.errors import UnsupportedError
@@ -220,6 +220,7 @@ class LLMEngine:
 
     def set_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Tokenise and detokenise requests from now on with another tokenizer."""
+        tokenizer = as_tokenizer(tokenizer)
         self._session.set_tokenizer(tokenizer)
         self.tokenizer = tokenizer
 

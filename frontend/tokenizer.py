@@ -5,7 +5,7 @@ checkpoint's special-token rules as Hugging Face's fast tokenizers do. A directo
 ``tokenizer.json``, or the mode "slow", goes through ``transformers``, imported at that moment.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -227,6 +227,42 @@ class FastTokenizer:
         """The tokens of a text in the vocabulary's spelling, without special ones."""
         return self.convert_ids_to_tokens(self.encode(text, add_special_tokens=False))
 
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
+        **options: Any,
+    ) -> str | list[int]:
+        """The prompt of a conversation: token ids, or text with ``tokenize=False``.
+
+        Args:
+            chat_template: a template, or the name of one of the tokenizer's; None: the default.
+            options: ``documents``, ``continue_final_message``, and variables of the template.
+
+        Raises:
+            RequestError: there is no template, or it refuses the conversation.
+        """
+        from frontend.chat_template import render, template_of_tokenizer
+
+        named = self._config.chat_templates
+        default = template_of_tokenizer(self.chat_template)
+        template = named.get(chat_template, chat_template) if chat_template else default
+        if template is None:
+            raise RequestError("the tokenizer has no chat template", "chat_template")
+        text = render(
+            template,
+            conversation,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+            special_tokens=self.special_tokens_map,
+            **options,
+        )
+        return self.encode(text, add_special_tokens=False) if tokenize else text
+
     def get_vocab(self) -> dict[str, int]:
         """Every token and its id, added tokens included."""
         vocab: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
@@ -306,6 +342,16 @@ def load_tokenizer_directory(
     return load_with_transformers(
         directory, config, use_fast=mode != "slow", trust_remote_code=trust_remote_code
     )
+
+
+def as_tokenizer(given: Any) -> Tokenizer:
+    """A tokenizer that a user brings, ours or Hugging Face's, behind our interface."""
+    if hasattr(given, "pieces"):
+        tokenizer: Tokenizer = given
+        return tokenizer
+    from frontend.transformers_tokenizer import TransformersTokenizer
+
+    return TransformersTokenizer(given)
 
 
 def clean_up_spaces(text: str) -> str:

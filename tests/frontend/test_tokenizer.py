@@ -117,6 +117,29 @@ def test_names_that_users_know_work() -> None:
         _ = tokenizer.nonsense
 
 
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+def test_conversations_become_the_prompt_that_hugging_face_makes(
+    add_generation_prompt: bool, pairs: dict[str, Pair]
+) -> None:
+    ours, theirs = pairs["tiny"]
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]
+    text = ours.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
+    assert text == theirs.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
+    assert isinstance(text, str)
+    ids = ours.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
+    assert ids == ours.encode(text, add_special_tokens=False)
+    assert ours.apply_chat_template(messages, chat_template="x", tokenize=False) == "x"
+
+
+def test_a_tokenizer_without_a_template_says_so() -> None:
+    with pytest.raises(RequestError, match="no chat template"):
+        fast(sentencepiece_style()).apply_chat_template([{"role": "user", "content": "hi"}])
+
+
 def test_ids_beyond_the_vocabulary_decode_to_nothing() -> None:
     tokenizer = load_tokenizer_directory(TINY)
     assert tokenizer.decode([tokenizer.vocab_size, 10**6, -1, 2**40]) == ""

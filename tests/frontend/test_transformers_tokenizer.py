@@ -8,7 +8,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from frontend.detokenizer import Detokenizer
-from frontend.tokenizer import load_tokenizer_directory
+from frontend.tokenizer import as_tokenizer, load_tokenizer_directory
 from frontend.transformers_tokenizer import TransformersTokenizer
 from ipc.errors import ConfigError
 from tests.frontend.make_tokenizers import TINY
@@ -55,7 +55,9 @@ def test_slow_mode_goes_through_transformers_even_with_a_fast_file() -> None:
 
 
 def test_a_tokenizer_that_the_user_brings_detokenises_exactly() -> None:
-    tokenizer = TransformersTokenizer(PreTrainedTokenizerFast.from_pretrained(str(TINY)))
+    tokenizer = as_tokenizer(PreTrainedTokenizerFast.from_pretrained(str(TINY)))
+    assert isinstance(tokenizer, TransformersTokenizer)
+    assert as_tokenizer(tokenizer) is tokenizer
     rng = random.Random(5)
     for _ in range(100):
         ids = [rng.randrange(tokenizer.vocab_size) for _ in range(20)]
