@@ -171,14 +171,16 @@ class ProgressLine:
         self._bar: Any = None  # a tqdm bar, imported when one is shown
 
     def show(self, progress: LoadProgress) -> None:
-        """Show the latest state of the slowest rank's phase: the first rank stands for all."""
+        """Show the latest state; the first rank stands for all."""
         if progress.rank != 0 or time.monotonic() < self._shown_from_s:
             return
+        label = f"{progress.phase} ({progress.elapsed_s:.0f} s)"
         if self._bar is None:
-            self._bar = _make_bar()
+            self._bar = _make_bar(label, progress)
+            return
         self._bar.total = max(progress.total, 1)
         self._bar.n = progress.done
-        self._bar.set_description_str(f"{progress.phase} ({progress.elapsed_s:.0f} s)")
+        self._bar.set_description_str(label)
 
     def close(self) -> None:
         """Wipe the line."""
@@ -186,7 +188,7 @@ class ProgressLine:
             self._bar.close()
 
 
-def _make_bar() -> Any:
+def _make_bar(label: str, progress: LoadProgress) -> Any:
     from tqdm import tqdm
 
     class Bar(tqdm):  # type: ignore[misc]
@@ -194,7 +196,14 @@ def _make_bar() -> Any:
 
         monitor_interval = 0
 
-    return Bar(file=sys.stderr, leave=False, bar_format="{desc} {bar} {n}/{total}")
+    return Bar(
+        desc=label,
+        initial=progress.done,
+        total=max(progress.total, 1),
+        file=sys.stderr,
+        leave=False,
+        bar_format="{desc} {bar} {percentage:.0f}%",
+    )
 
 
 def _end_tree(

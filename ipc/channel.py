@@ -98,7 +98,7 @@ class RouterChannel(Generic[T]):
             claim_ipc_path(address)
             self._socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
         else:
-            self._socket.ipv6 = ":" in split_tcp(address)[0]
+            _configure_tcp(self._socket, address)
         former_umask = os.umask(0o177)  # the socket file is the owner's from its first moment
         try:
             self._socket.bind(_wildcard_port(resolve_for_bind(address)))
@@ -219,9 +219,7 @@ class DealerChannel(Generic[T]):
             self._socket.curve_publickey = self._curve_keys.public
             self._socket.curve_secretkey = self._curve_keys.secret
         if address.startswith("tcp://"):
-            self._socket.ipv6 = ":" in split_tcp(address)[0]
-            self._socket.heartbeat_ivl = _TCP_PING_MS
-            self._socket.heartbeat_timeout = _TCP_SILENCE_MS
+            _configure_tcp(self._socket, address)
         self._socket.connect(address)
 
     def send(self, message: Message, frames: Frames = (), timeout_s: float = 10.0) -> None:
@@ -315,6 +313,13 @@ def _configure(socket: Socket, max_message_bytes: int, high_water_mark: int) -> 
     socket.maxmsgsize = max_message_bytes
     socket.sndhwm = high_water_mark
     socket.rcvhwm = high_water_mark
+
+
+def _configure_tcp(socket: Socket, address: str) -> None:
+    """Let the transport notice a machine that is gone; a local peer's end is seen anyway."""
+    socket.ipv6 = ":" in split_tcp(address)[0]
+    socket.heartbeat_ivl = _TCP_PING_MS
+    socket.heartbeat_timeout = _TCP_SILENCE_MS
 
 
 def _decode(decoder: "Decoder[T]", parts: list[zmq.Frame]) -> tuple[T, list[memoryview]]:

@@ -12,6 +12,7 @@ import msgspec
 from ipc.messages import EngineFailed, LoadProgress, Message
 
 _READ_BYTES = 65536
+_MAX_REASON_CHARS = 8192  # a line must fit into the pipe
 
 
 class Listening(Message, frozen=True):
@@ -37,6 +38,8 @@ class StatusWriter:
 
     def write(self, status: Status) -> None:
         """Write one line; it is lost when nobody reads."""
+        if isinstance(status, EngineFailed):
+            status = msgspec.structs.replace(status, reason=status.reason[:_MAX_REASON_CHARS])
         with contextlib.suppress(BlockingIOError, BrokenPipeError):
             os.write(self._descriptor, _encoder.encode(status) + b"\n")
 
