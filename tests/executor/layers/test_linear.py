@@ -61,7 +61,7 @@ def test_a_row_does_not_depend_on_how_many_share_the_batch(
         atol=0.7 if dtype == torch.bfloat16 else 1e-3,
         rtol=1e-2,
     )
-    for rows in [*range(1, 66), 127, 128, 129, 255, 256, 257]:
+    for rows in [*range(1, 20), 31, 32, 33, 47, 63, 64, 65, 80, 128, 129, 257]:
         assert torch.equal(run(x[:rows]), whole[:rows]), f"{rows} rows"
     assert torch.equal(run(x[200:201]), whole[200:201])
     assert run(x[:0]).shape == (0, n)
