@@ -250,7 +250,10 @@ class InputProcessor:
 
     def _wire_params(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
         """The copy that travels: seed drawn, limits filled in, callables left behind."""
-        copy = params.clone()
+        try:
+            copy = params.clone()
+        except ValueError as err:  # fields may have been set after the object was made
+            raise RequestError(f"params: {err}", "params") from err
         room = self._limits.max_model_len - num_prompt_tokens
         copy.max_tokens = room if copy.max_tokens is None else min(copy.max_tokens, room)
         if copy.min_tokens > copy.max_tokens:

@@ -257,3 +257,10 @@ def test_names_on_the_wire_are_never_used_twice() -> None:
     inputs = make_inputs()
     names = {inputs.admit(make_request("same")).message.req_id for _ in range(100)}
     assert len(names) == 100
+
+
+def test_parameters_spoiled_after_they_were_made_are_refused() -> None:
+    new = make_request()
+    new.params.top_p = 2.0  # type: ignore[union-attr]
+    with pytest.raises(RequestError, match="top_p"):
+        make_inputs().admit(new)
