@@ -28,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = {name: command for name, (command, _) in COMMANDS.items()}
     if not words or words[0] not in commands:
         return _usage(words)
+    if words[0] == "run":  # the errors of somebody else's program keep their traceback
+        return run(words[1:])
     try:
         return commands[words[0]](words[1:])
     except EngineError as err:
@@ -114,6 +116,9 @@ def run(argv: Sequence[str]) -> int:
     if not argv or argv[0].startswith("-"):
         print("usage: heliograph run SCRIPT.py [ARGUMENT ...]", file=sys.stderr)
         return 0 if argv and argv[0] in ("-h", "--help") else 2
+    if not Path(argv[0]).is_file():
+        print(f"heliograph run: there is no file {argv[0]}", file=sys.stderr)
+        return 2
     from frontend.compat import run_script
 
     run_script(argv[0], list(argv[1:]))

@@ -5,7 +5,6 @@ off. The application sees a cut as an ordinary disconnect, so the engine's work 
 """
 
 import asyncio
-from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -17,7 +16,9 @@ STALLED_WRITE_TIMEOUT_S = 30.0
 class BoundedHttpProtocol(HttpToolsProtocol):
     """uvicorn's protocol; cuts off slow heads, large heads and stalled readers."""
 
-    head_bytes = 0
+    is_in_head = False  # a head has begun, and is not complete
+    began_now = False  # a head began in the bytes that are being parsed
+    head_bytes = 0  # of an unfinished head, without the read in which it began
     head_timer: asyncio.TimerHandle | None = None
     stall_timer: asyncio.TimerHandle | None = None
 
@@ -32,38 +33,37 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Count the bytes of an unfinished head, then let the parser see them."""
-        if self.head_bytes >= 0:
-            self.head_bytes += len(data)
-            # A chunk may end one head and bring a body: only what is left of a head counts,
-            # and 64 KiB is what one read brings at most.
-            if self.head_bytes > MAX_HEAD_BYTES + (64 << 10):
-                self._refuse_head()
-                return
+        """Parse, and count what a head that is still not complete has brought."""
+        self.began_now = False
+        was_in_head = self.is_in_head
         super().data_received(data)
+        if was_in_head and self.is_in_head and not self.began_now:
+            self.head_bytes += len(data)
+            if self.head_bytes > MAX_HEAD_BYTES:
+                self._refuse_head()
 
     def on_message_begin(self) -> None:
         """A head begins."""
-        self.head_bytes = max(self.head_bytes, 0)
-        if self.head_timer is None and self.transport is not None:
+        self.is_in_head = self.began_now = True
+        self.head_bytes = 0
+        if self.head_timer is None:
             self.head_timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.abort)
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        """A head ended; -1 marks that body bytes follow, which are not counted here."""
-        self.head_bytes = -1
+        """A head ended: the request begins, unless the head is too large."""
+        self.is_in_head = False
         if self.head_timer is not None:
             self.head_timer.cancel()
             self.head_timer = None
         size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
         if size > MAX_HEAD_BYTES:
             self._refuse_head()
-            return
-        super().on_headers_complete()
+        elif not self.transport.is_closing():
+            super().on_headers_complete()
 
     def on_message_complete(self) -> None:
-        """The next bytes are a head again."""
-        self.head_bytes = 0
+        """A request is complete; none when its head was refused."""
         if self.cycle is not None:
             super().on_message_complete()
 
@@ -100,8 +100,3 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         )
         self._stop_timers()
         self.transport.close()
-
-
-def protocol_options() -> dict[str, Any]:
-    """What uvicorn's Config needs to use this protocol."""
-    return {"http": BoundedHttpProtocol}

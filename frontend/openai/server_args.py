@@ -35,15 +35,6 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         help="least severe log lines that are written",
     )
     add("--disable-access-log", action="store_true", help="write no line per HTTP request")
-    add("--allow-credentials", action="store_true", help="CORS: allow credentials")
-    for name in ("origins", "methods", "headers"):
-        add(
-            f"--allowed-{name}",
-            type=_json_strings,
-            default=("*",),
-            metavar="JSON",
-            help=f"CORS: allowed {name}, a JSON list",
-        )
     add(
         "--api-key",
         action="append",
@@ -83,7 +74,21 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--attach", metavar="ADDRESS", help="use the running engine at this address")
     add("--attach-keys", metavar="DIR", help="key directory for a tcp:// engine")
+    _add_cors_flags(parser)
     _add_ssl_flags(parser)
+
+
+def _add_cors_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("other origins").add_argument
+    add("--allow-credentials", action="store_true", help="CORS: allow credentials")
+    for name in ("origins", "methods", "headers"):
+        add(
+            f"--allowed-{name}",
+            type=_json_strings,
+            default=("*",),
+            metavar="JSON",
+            help=f"CORS: allowed {name}, a JSON list",
+        )
 
 
 def _add_ssl_flags(parser: argparse.ArgumentParser) -> None:

@@ -218,7 +218,7 @@ def test_a_unix_socket_is_private_replaces_a_leftover_and_is_removed(tmp_path: P
 def test_hostile_clients_are_cut_off_and_leave_nothing_behind() -> None:
     with serving("x" * 16, "5") as server:
         for head in (b"X: " + b"a" * 40_000, b"X: " + b"a" * 400_000, b"X-1: 1\r\n" * 10_000):
-            assert answer_to_head(server, head).startswith(b"HTTP/1.1 431 ")
+            assert answer_to_head(server, head).startswith((b"HTTP/1.1 431 ", b"(reset)"))
         assert server.get_status("/health") == 200
         asyncio.run(vanish_often(server.port, 20))
         loads = iter(lambda: get_load(server), 0)
@@ -227,9 +227,12 @@ def test_hostile_clients_are_cut_off_and_leave_nothing_behind() -> None:
 
 def answer_to_head(server: Server, head: bytes) -> bytes:
     with socket.create_connection(("127.0.0.1", server.port), 10) as client:
-        client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n" + head)
-        client.sendall(b"\r\n\r\n")
-        return client.recv(100)
+        try:
+            client.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n" + head)
+            client.sendall(b"\r\n\r\n")
+            return client.recv(100)
+        except ConnectionError:  # the rest of a long head was still on its way
+            return b"(reset)"
 
 
 def get_load(server: Server) -> int:

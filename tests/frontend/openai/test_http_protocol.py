@@ -1,0 +1,165 @@
+"""What one connection may hold open: heads, and answers that nobody reads. No sockets, no waiting.
+
+The event loop is a fake whose clock the test moves.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import uvicorn
+from uvicorn.server import ServerState
+
+from frontend.openai.http_protocol import (
+    HEAD_TIMEOUT_S,
+    MAX_HEAD_BYTES,
+    STALLED_WRITE_TIMEOUT_S,
+    BoundedHttpProtocol,
+)
+
+REQUEST = b"POST /x HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc"
+
+
+class FakeTransport(asyncio.Transport):
+    """Keeps what is written, and how the connection ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+        self.ended_by: str | None = None
+
+    def write(self, data: Any) -> None:
+        self.written += bytes(data)
+
+    def is_closing(self) -> bool:
+        return self.ended_by is not None
+
+    def close(self) -> None:
+        self.ended_by = self.ended_by or "close"
+
+    def abort(self) -> None:
+        self.ended_by = self.ended_by or "abort"
+
+    def pause_reading(self) -> None:
+        """Nothing is read here."""
+
+    def resume_reading(self) -> None:
+        """Nothing is read here."""
+
+
+class FakeTimer:
+    """A call that waits for its time."""
+
+    def __init__(self, at: float, call: Callable[[], None]) -> None:
+        self.at, self.call, self.is_cancelled = at, call, False
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+
+
+class FakeLoop:
+    """A loop whose timers fire when the test moves the clock; tasks are only counted."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.timers: list[FakeTimer] = []
+        self.num_tasks = 0
+
+    def call_later(self, delay: float, call: Callable[[], None]) -> FakeTimer:
+        self.timers.append(FakeTimer(self.now + delay, call))
+        return self.timers[-1]
+
+    def create_task(self, work: Any) -> "FakeLoop":
+        work.close()
+        self.num_tasks += 1
+        return self
+
+    def add_done_callback(self, _: Any) -> None:
+        """Tasks of this loop never end."""
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+        for timer in list(self.timers):
+            if timer.at <= self.now and not timer.is_cancelled:
+                timer.cancel()
+                timer.call()
+
+
+def make_connection() -> tuple[BoundedHttpProtocol, FakeTransport, FakeLoop]:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        raise AssertionError("tasks do not run here")
+
+    loop, transport = FakeLoop(), FakeTransport()
+    config = uvicorn.Config(app, log_config=None, ws="none", lifespan="off")
+    protocol = BoundedHttpProtocol(config, ServerState(), {}, loop)  # type: ignore[arg-type]
+    protocol.connection_made(transport)
+    return protocol, transport, loop
+
+
+@pytest.mark.parametrize("sent", [b"", REQUEST[:20]], ids=["nothing", "half a head"])
+def test_a_head_that_does_not_come_ends_the_connection(sent: bytes) -> None:
+    protocol, transport, loop = make_connection()
+    if sent:
+        protocol.data_received(sent)
+    loop.advance(HEAD_TIMEOUT_S - 1)
+    assert transport.ended_by is None
+    loop.advance(1)
+    assert transport.ended_by == "abort"
+
+
+def test_a_head_in_time_stops_the_clock_however_slowly_the_answer_comes() -> None:
+    protocol, transport, loop = make_connection()
+    for at in range(len(REQUEST)):
+        protocol.data_received(REQUEST[at : at + 1])
+    loop.advance(10 * HEAD_TIMEOUT_S)
+    assert transport.ended_by is None
+    assert loop.num_tasks == 1
+
+
+def test_a_second_head_on_the_connection_has_its_own_clock() -> None:
+    protocol, transport, loop = make_connection()
+    protocol.data_received(REQUEST + REQUEST[:20])
+    loop.advance(HEAD_TIMEOUT_S)
+    assert transport.ended_by == "abort"
+
+
+@pytest.mark.parametrize("piece", [100, 10**6], ids=["in pieces", "at once"])
+def test_a_large_head_is_refused_before_it_is_complete_or_when_it_is(piece: int) -> None:
+    protocol, transport, loop = make_connection()
+    head = b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * (4 * MAX_HEAD_BYTES) + b"\r\n\r\n"
+    for at in range(0, len(head), piece):
+        if transport.ended_by is None:
+            protocol.data_received(head[at : at + piece])
+    assert transport.written.startswith(b"HTTP/1.1 431 ")
+    assert transport.ended_by == "close"
+    assert loop.num_tasks == 0
+
+
+def test_a_large_body_is_no_large_head() -> None:
+    protocol, transport, loop = make_connection()
+    head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n"
+    protocol.data_received(head + b"a" * 400_000)
+    protocol.data_received(b"a" * 600_000)
+    assert transport.ended_by is None
+    assert loop.num_tasks == 1
+
+
+def test_a_reader_that_stalls_is_cut_off_and_one_that_resumes_is_not() -> None:
+    for resumes in (True, False):
+        protocol, transport, loop = make_connection()
+        protocol.data_received(REQUEST)
+        protocol.pause_writing()
+        loop.advance(STALLED_WRITE_TIMEOUT_S - 1)
+        if resumes:
+            protocol.resume_writing()
+        loop.advance(1)
+        assert transport.ended_by == (None if resumes else "abort")
+
+
+def test_no_clock_outlives_the_connection() -> None:
+    protocol, _, loop = make_connection()
+    protocol.data_received(REQUEST[:20])
+    protocol.pause_writing()
+    protocol.connection_lost(None)
+    assert all(timer.is_cancelled for timer in loop.timers)

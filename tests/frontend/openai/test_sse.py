@@ -1,0 +1,166 @@
+"""Chunks are valid JSON whatever they carry; streams end in order whatever happens."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from frontend.openai.errors import ClientGoneError
+from frontend.openai.sse import (
+    DONE,
+    ChunkFormat,
+    EventStream,
+    Write,
+    first_error,
+    role_chunk,
+    stream_head,
+    unless_disconnected,
+    usage_chunk,
+)
+from ipc.errors import EngineDeadError
+
+HEAD = stream_head("id-1", "text_completion", 7, 'mo"del')
+
+
+def parse(chunk: bytes) -> Any:
+    assert chunk.startswith(b"data: ")
+    assert chunk.endswith(b"\n\n")
+    assert b"\n" not in chunk[:-2]
+    return json.loads(chunk[6:])
+
+
+@pytest.mark.parametrize("is_chat", [False, True], ids=["completions", "chat"])
+@pytest.mark.parametrize("usage_null", [False, True], ids=["no usage", "usage null"])
+@pytest.mark.parametrize("text", ["", "a", '"\\\n\r\x00\u2028', "é😀", "</script>"])
+def test_the_fast_chunk_equals_the_rich_one(is_chat: bool, usage_null: bool, text: str) -> None:
+    chunks = ChunkFormat(HEAD, 3, is_chat=is_chat, usage_null=usage_null)
+    fast = parse(chunks.text_chunk(text))
+    assert fast == parse(chunks.chunk(text))
+    choice = fast["choices"][0]
+    assert (choice["delta"]["content"] if is_chat else choice["text"]) == text
+    assert (choice["index"], fast["model"], fast["created"]) == (3, 'mo"del', 7)
+    assert ("usage" in fast) is usage_null
+
+
+def test_a_rich_chunk_carries_everything() -> None:
+    chunk = ChunkFormat(HEAD, 0, is_chat=False, usage_null=True).chunk(
+        "x",
+        logprobs={"tokens": ["x"]},
+        finish_reason="stop",
+        stop_reason=7,
+        usage={"prompt_tokens": 1},
+        extra={"token_ids": [5]},
+    )
+    body = parse(chunk)
+    assert body["usage"] == {"prompt_tokens": 1}
+    assert body["choices"] == [
+        {"index": 0, "text": "x", "logprobs": {"tokens": ["x"]}, "finish_reason": "stop",
+         "stop_reason": 7, "token_ids": [5]}
+    ]  # fmt: skip
+
+
+def test_role_and_usage_chunks_are_valid() -> None:
+    role = parse(role_chunk(HEAD, 1, "assistant", usage_null=True))
+    assert role["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    assert role["usage"] is None
+    assert parse(usage_chunk(HEAD, {"total_tokens": 3}))["choices"] == []
+
+
+async def serve(
+    produce: Any, *, leaves: asyncio.Event | None = None
+) -> tuple[list[dict[str, Any]], Exception | None]:
+    sent: list[dict[str, Any]] = []
+
+    async def receive() -> dict[str, Any]:
+        await (leaves or asyncio.Event()).wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    try:
+        await EventStream(produce)({"type": "http", "state": {}}, receive, send)  # type: ignore[arg-type]
+    except EngineDeadError as error:
+        return sent, error
+    return sent, None
+
+
+def test_an_error_before_the_first_event_is_raised_and_nothing_was_sent() -> None:
+    async def produce(write: Write) -> None:
+        raise EngineDeadError("gone")
+
+    sent, error = asyncio.run(serve(produce))
+    assert sent == []
+    assert str(error) == "gone"
+
+
+def test_an_error_after_it_becomes_an_event_before_the_end() -> None:
+    async def produce(write: Write) -> None:
+        await write(b"data: {}\n\n")
+        raise EngineDeadError("gone")
+
+    sent, error = asyncio.run(serve(produce))
+    assert error is None
+    bodies = [message["body"] for message in sent[1:]]
+    assert parse(bodies[1])["error"]["message"] == "gone"
+    assert bodies[2:] == [DONE, b""]
+    assert sent[-1]["more_body"] is False
+
+
+def test_a_client_that_leaves_cancels_the_producer_and_gets_nothing_more() -> None:
+    was_cancelled = False
+
+    async def run() -> list[dict[str, Any]]:
+        leaves = asyncio.Event()
+
+        async def produce(write: Write) -> None:
+            nonlocal was_cancelled
+            await write(b"data: {}\n\n")
+            leaves.set()
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                was_cancelled = True
+                raise
+
+        sent, _ = await serve(produce, leaves=leaves)
+        return sent
+
+    sent = asyncio.run(run())
+    assert was_cancelled
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
+
+
+def test_work_ends_as_itself_unless_the_client_leaves() -> None:
+    async def never() -> dict[str, Any]:
+        await asyncio.Event().wait()
+        raise AssertionError("unreachable")
+
+    async def leave() -> dict[str, Any]:
+        return {"type": "http.disconnect"}
+
+    async def give(value: int) -> int:
+        await asyncio.sleep(0)
+        return value
+
+    async def fail() -> int:
+        raise EngineDeadError("gone")
+
+    assert asyncio.run(unless_disconnected(never, give(3))) == 3
+    with pytest.raises(EngineDeadError):
+        asyncio.run(unless_disconnected(never, fail()))
+
+    async def wait() -> int:
+        await asyncio.Event().wait()
+        return 0
+
+    with pytest.raises(ClientGoneError):
+        asyncio.run(unless_disconnected(leave, wait()))
+
+
+def test_a_real_error_of_a_group_comes_before_a_clients_leaving() -> None:
+    nested = ExceptionGroup("inner", [ClientGoneError("left"), EngineDeadError("gone")])
+    assert isinstance(first_error(ExceptionGroup("outer", [nested])), EngineDeadError)
+    only = ExceptionGroup("outer", [ClientGoneError("left")])
+    assert isinstance(first_error(only), ClientGoneError)
