@@ -79,7 +79,7 @@ class ThreadedAnswers:
     def _run(self) -> None:
         boot = self._rank.boot
         channel: Channel = DealerChannel(
-            core_to_worker_decoder, identity=f"answers-{boot.rank}".encode()
+            core_to_worker_decoder, identity=f"{boot.token}-answers-{boot.rank}".encode()
         )
         channel.connect(boot.address)
         answers = DirectAnswers(channel, boot.rank)
@@ -139,7 +139,7 @@ def run(make_worker: MakeWorker | None = None) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to decide
     boot = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Boot)
     die_with(boot.death_pipe)
-    channel: Channel = DealerChannel(core_to_worker_decoder, identity=identity_of(boot.rank))
+    channel: Channel = DealerChannel(core_to_worker_decoder, identity=identity_of(boot.token, boot.rank))
     channel.connect(boot.address)
     rank = Rank(boot, make_worker)
     try:

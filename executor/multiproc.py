@@ -6,6 +6,7 @@ later use of the executor raises the cause.
 """
 
 import logging
+import secrets
 import time
 from collections import deque
 from pathlib import Path
@@ -49,6 +50,7 @@ class MultiprocExecutor:
         self._config = config
         self._module = module  # run as ``python -m``
         self._router: RouterChannel[Any] = RouterChannel(worker_to_core_decoder)
+        self._token = secrets.token_hex(16)  # in the name of every channel of our own workers
         self._workers: list[WorkerProcess] = []
         self._ready: dict[int, WorkerReady] = {}
         self._outputs: deque[tuple[ModelRunnerOutput, Frames]] = deque()
@@ -87,6 +89,7 @@ class MultiprocExecutor:
                         address=address,
                         rendezvous=str(Path(address.removeprefix("ipc://")).with_name("ranks")),
                         config=encode_config(self._config),
+                        token=self._token,
                         prefixed=world_size > 1,
                     )
                 )
@@ -174,7 +177,7 @@ class MultiprocExecutor:
             self._dead = EngineDeadError("the executor was shut down")
         if is_orderly:
             for worker in self._workers:
-                self._router.send(identity_of(worker.rank), Shutdown())
+                self._router.send(identity_of(self._token, worker.rank), Shutdown())
             deadline = time.monotonic() + SHUTDOWN_S
             for worker in self._workers:
                 worker.reap(max(0.0, deadline - time.monotonic()))
@@ -184,7 +187,7 @@ class MultiprocExecutor:
     def _send(self, message: SchedulerOutput | Call, frames: Frames = ()) -> None:
         self.check_health()
         for worker in self._workers:
-            if not self._router.send(identity_of(worker.rank), message, frames):
+            if not self._router.send(identity_of(self._token, worker.rank), message, frames):
                 self.check_health()
                 self._die(EngineDeadError(f"worker {worker.rank} takes no messages any more"))
 
@@ -194,6 +197,8 @@ class MultiprocExecutor:
             return
         while (received := self._router.receive()) is not None:
             peer, message, frames = received
+            if not peer.startswith(self._token.encode()):
+                continue  # a stranger found the socket: its words are nobody's
             match message:
                 case ModelRunnerOutput():
                     self._outputs.append((message, frames))

@@ -21,11 +21,12 @@ class Boot(Message, frozen=True):
     death_pipe: int  # its other end is the parent's: when that closes, the process ends
     rendezvous: str  # a file where the ranks meet
     config: bytes  # the EngineConfig, msgpack
+    token: str  # proves to the executor that a message comes from one of its own
 
 
-def identity_of(rank: int) -> bytes:
-    """The name under which a rank's channel receives."""
-    return f"worker-{rank}".encode()
+def identity_of(token: str, rank: int) -> bytes:
+    """The name under which a rank's channel receives. Nobody else knows the token in it."""
+    return f"{token}-worker-{rank}".encode()
 
 
 class WorkerProcess:
@@ -42,6 +43,7 @@ class WorkerProcess:
         address: str,
         rendezvous: str,
         config: bytes,
+        token: str,
         prefixed: bool,
     ) -> None:
         self.rank = rank
@@ -64,7 +66,7 @@ class WorkerProcess:
                 target=_relay, args=(self._process.stdout, rank), daemon=True, name=f"log-{rank}"
             )
             relay.start()
-        boot = Boot(address, rank, read_end, rendezvous, config)
+        boot = Boot(address, rank, read_end, rendezvous, config, token)
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(msgspec.msgpack.encode(boot))
