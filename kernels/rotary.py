@@ -129,19 +129,18 @@ def _adjacent_heads(q: Tensor, k: Tensor) -> Tensor | None:
 
 
 def _turn(x: Tensor, c: Tensor, s: Tensor, interleaved: bool) -> Tensor:
-    half = c.shape[-1]
+    half, D = c.shape[-1], x.shape[-1]
     source = x if x.dtype == torch.float32 else x.float()
-    y = torch.empty(x.shape, dtype=torch.float32)
-    if interleaved:
-        a, b = source[..., 0 : 2 * half : 2], source[..., 1 : 2 * half : 2]
-        y_a, y_b = y[..., 0 : 2 * half : 2], y[..., 1 : 2 * half : 2]
-    else:
-        a, b = source[..., :half], source[..., half : 2 * half]
-        y_a, y_b = y[..., :half], y[..., half : 2 * half]
-    torch.mul(a, c, out=y_a).addcmul_(b, s, value=-1)
-    torch.mul(b, c, out=y_b).addcmul_(a, s)
-    if 2 * half < x.shape[-1]:
-        y[..., 2 * half :] = source[..., 2 * half :]
+    turning = source if 2 * half == D else source[..., : 2 * half]
+    dim = -1 if interleaved else -2  # where the two of a pair lie side by side
+    pairs = turning.view(*x.shape[:2], *((half, 2) if interleaved else (2, half)))
+    y = pairs * c.unsqueeze(dim)
+    (a, b), (y_a, y_b) = pairs.unbind(dim), y.unbind(dim)
+    y_a.addcmul_(b, s, value=-1)
+    y_b.addcmul_(a, s)
+    y = y.reshape(turning.shape)
+    if 2 * half < D:
+        y = torch.cat((y, source[..., 2 * half :]), dim=-1)
     return y.to(x.dtype)
 
 
