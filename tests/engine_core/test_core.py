@@ -188,10 +188,14 @@ def test_logits_visit_the_user_once_per_token_even_when_preempted(preemption_mod
     for i in range(4):
         rig.add(make_request(f"r{i}", 9 + i, seed=i, max_tokens=14, has_logits_processors=True))
     seen: list[tuple[str, int, int]] = []
+    num_seen = num_steps = 0
     while rig.core.has_unfinished:
         rig.step()
-        seen += [(row.req_id, row.index, row.position) for row, _ in rig.client.logits_rows]
-        rig.answer_logits(invert)
+        new = rig.client.logits_rows[num_seen:]
+        seen += [(row.req_id, row.index, row.position) for row, _ in new]
+        if (num_steps := num_steps + 1) % 4 == 0:  # a slow user: rows are preempted meanwhile
+            rig.answer_logits(invert)
+        num_seen = len(rig.client.logits_rows)
     for req_id in rig.requests:
         rig.check_solo(req_id, invert)
     assert len(seen) == len(set(seen)) == 4 * 14

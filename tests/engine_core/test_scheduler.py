@@ -357,3 +357,14 @@ def test_a_prompt_aborted_between_chunks_leaves_only_whole_blocks_behind() -> No
     rig.run()
     rig.check_solo("b")
     assert rig.branch("b").num_cached_tokens == 16
+
+
+def test_nobody_is_preempted_for_blocks_that_are_about_to_be_given_back() -> None:
+    rig = Rig(num_gpu_blocks=5, block_size=8, max_steps_in_flight=2, growth_tokens=0)
+    rig.add(make_request("old", 15))
+    rig.add(make_request("newer", 15))
+    rig.core.submit_steps()
+    rig.core.abort_requests(CLIENT, ["newer"])  # its row is in both steps in flight
+    rig.run()
+    rig.check_solo("old")
+    assert rig.core.stats().num_preemptions == 0
