@@ -4,7 +4,6 @@ Shapes: T tokens in the step (all requests packed, no padding between them), H h
 N query heads and K key/value heads *on this rank*, D head size.
 """
 
-import torch
 from torch import Tensor, nn
 
 from executor.attention_metadata import AttentionMetadata, KVCacheSpec, LayerKVCache
@@ -124,11 +123,11 @@ class Attention(nn.Module):
         qkv = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))  # [T, N + 2K, D]
         num_heads, num_kv_heads = self.attend.num_heads, self.attend.num_kv_heads
         qk, v = qkv.split((num_heads + num_kv_heads, num_kv_heads), dim=1)
+        q, k = qk[:, :num_heads], qk[:, num_heads:]
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(qk[:, :num_heads]), self.k_norm(qk[:, num_heads:])
-            qk = torch.cat((q, k), dim=1)
-        if rotary is None:
-            q, k = qk[:, :num_heads], qk[:, num_heads:]
-        else:
+            q, k = self.q_norm(q), self.k_norm(k)
+            if rotary is not None:
+                q, k = rotary.rotate_pair(q, k)
+        elif rotary is not None:
             q, k = rotary.rotate(qk, num_heads)
         return self.o_proj(self.attend(q, k, v, kv_cache, meta))

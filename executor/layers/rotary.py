@@ -39,9 +39,13 @@ class RotaryStep(NamedTuple):
         if self.positions is None:
             turned = rotate_heads(qk, self.cos, self.sin)
             return turned[:, :num_heads], turned[:, num_heads:]
-        return apply_rotary(
-            qk[:, :num_heads], qk[:, num_heads:], self.cos, self.sin, self.positions
-        )
+        return self.rotate_pair(qk[:, :num_heads], qk[:, num_heads:])
+
+    def rotate_pair(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for queries and keys that are apart already."""
+        if self.positions is None:
+            return rotate_heads(q, self.cos, self.sin), rotate_heads(k, self.cos, self.sin)
+        return apply_rotary(q, k, self.cos, self.sin, self.positions)
 
 
 class RotaryEmbedding(nn.Module):
