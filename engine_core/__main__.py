@@ -8,9 +8,11 @@ itself (``--core``), which the supervisor starts.
 import argparse
 import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import FrameType
 
 from engine_core.supervisor import Supervisor
 from ipc.errors import ConfigError, ExitCode
@@ -93,6 +95,7 @@ def _run_embedded(options: argparse.Namespace) -> int:
 def _run_daemon(options: argparse.Namespace, engine_flags: list[str]) -> int:
     """Resolve the flags in a process of the package that knows them, then serve anybody."""
     command = python_command("frontend.engine_args", "--encode", *engine_flags)
+    signal.signal(signal.SIGTERM, _exit)  # so that this child does not outlive us
     resolved = subprocess.run(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, env=child_environment()
     )
@@ -107,6 +110,10 @@ def _run_daemon(options: argparse.Namespace, engine_flags: list[str]) -> int:
         report=_print_status,
     )
     return supervisor.run()
+
+
+def _exit(number: int, _frame: FrameType | None) -> None:
+    sys.exit(128 + number)
 
 
 def _print_status(status: Status) -> None:

@@ -80,7 +80,7 @@ class CoreServer:
             has_moved = self._drain_frontends()
             has_moved |= self._step()
             if time.monotonic() >= self._next_check_s:
-                self._check_silent_frontends()
+                self._drop_departed(SILENCE_S)
             if not has_moved:
                 self._rest()
         self.announce_end(f"the engine was stopped by {signals[0].name}", ExitCode.CLEAN)
@@ -149,6 +149,8 @@ class CoreServer:
 
     def _greet(self, peer: bytes, hello: Hello) -> None:
         reason = find_mismatch(hello)
+        if len(self._frontends) >= MAX_FRONTENDS:
+            self._drop_departed(0.0)
         if peer in self._frontends:
             self._remove(peer, "it starts again")
         elif reason is None and len(self._frontends) >= MAX_FRONTENDS:
@@ -166,7 +168,7 @@ class CoreServer:
         )
         self._send(peer, self._welcome)
 
-    def _check_silent_frontends(self) -> None:
+    def _drop_departed(self, silence_s: float) -> None:
         """Find out which silent frontends are gone: sending to those fails.
 
         A frontend whose process is stopped or busy for long is still connected, and keeps its
@@ -175,7 +177,7 @@ class CoreServer:
         now = time.monotonic()
         self._next_check_s = now + _IDLE_S
         for frontend in list(self._frontends.values()):
-            if now - frontend.last_heard_s < SILENCE_S:
+            if now - frontend.last_heard_s < silence_s:
                 continue
             if not self._channel.probe(frontend.peer, Heartbeat(now)):
                 self._remove(frontend.peer, "its connection is gone")

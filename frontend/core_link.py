@@ -39,6 +39,7 @@ from ipc.messages import (
     core_to_frontend_decoder,
     schema_hash,
 )
+from ipc.processes import is_readable
 from ipc.tensors import Frames
 
 PING_EVERY_S = 1.0
@@ -164,14 +165,13 @@ class CoreLink:
                 self._unanswered_since_s = now
             self.send(Heartbeat(now))
 
-    def close(self) -> None:
-        """Leave in good order. Harmless when repeated."""
-        if self.welcome is not None:
-            self._channel.try_send(Goodbye())
-            self.welcome = None
+    def close(self, *, says_goodbye: bool) -> None:
+        """Close the connection, after a goodbye where somebody is left to hear it."""
+        if says_goodbye and self.welcome is not None and self._channel.try_send(Goodbye()):
             self._channel.close(linger_s=_GOODBYE_S)
         else:
             self._channel.close()
+        self.welcome = None
 
 
 class Engine:
@@ -184,6 +184,7 @@ class Engine:
     def __init__(self, engine: Launch | str, curve_keys: CurveClientKeys | None) -> None:
         self.launch = engine if isinstance(engine, Launch) else None
         self._own_pidfd: int | None = None
+        self._is_closed = False
         if isinstance(engine, Launch):
             address = engine.wait_ready()
             self.pidfd: int | None = engine.pidfd
@@ -203,13 +204,15 @@ class Engine:
 
     def close(self) -> None:
         """Leave the engine, and end it if it is ours. Harmless when repeated."""
-        self.link.close()
-        self._let_go()
+        if not self._is_closed:
+            self._is_closed = True
+            is_gone = self.pidfd is not None and is_readable(self.pidfd)
+            self.link.close(says_goodbye=not is_gone)
+            self._let_go()
 
     def _let_go(self) -> None:
         if self._own_pidfd is not None:
             os.close(self._own_pidfd)
-            self._own_pidfd = None
         if self.launch is not None:
             self.launch.terminate()
 

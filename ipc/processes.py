@@ -53,9 +53,16 @@ def is_alive(pid: int) -> bool:
     except OSError:
         return False
     try:
-        return not select.select([pidfd], [], [], 0)[0]
+        return not is_readable(pidfd)
     finally:
         os.close(pidfd)
+
+
+def is_readable(descriptor: int) -> bool:
+    """Whether there is something to read now; for a pidfd: whether its process has ended."""
+    poller = select.poll()
+    poller.register(descriptor, select.POLLIN)
+    return bool(poller.poll(0))
 
 
 def adopt_orphans() -> None:

@@ -104,6 +104,15 @@ def test_more_frontends_than_the_limit_are_refused(monkeypatch: pytest.MonkeyPat
         assert isinstance(second.greet(), Welcome)
 
 
+def test_departed_frontends_make_room_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core_server, "MAX_FRONTENDS", 2)
+    with running_server() as rig:
+        for _ in range(5):
+            with BareFrontend(rig.address) as frontend:
+                while not isinstance(frontend.greet(), Welcome):
+                    pass  # the others' connections are not known to be gone yet
+
+
 def test_tokens_reach_the_frontend_that_asked() -> None:
     with (
         running_server() as rig,

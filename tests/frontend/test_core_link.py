@@ -23,6 +23,7 @@ from ipc.messages import (
     EngineFailed,
     EngineOutputs,
     GetStats,
+    Goodbye,
     Heartbeat,
     Hello,
     IsPaused,
@@ -54,7 +55,7 @@ class Rig:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.link.close()
+        self.link.close(says_goodbye=False)
         self.router.close()
 
     def hear(self) -> tuple[bytes, Any]:
@@ -174,6 +175,17 @@ def test_messages_without_room_wait_in_order_and_within_bounds(
         assert rig.link.receive() is None
         assert not rig.link.has_unsent
         assert [rig.hear()[1] for _ in range(3)] == [Ack(0), Ack(1), Ack(2)]
+
+
+def test_a_goodbye_is_said_to_who_can_hear_it() -> None:
+    with Rig() as rig:
+        rig.greet()
+        rig.link.close(says_goodbye=True)
+        assert isinstance(rig.hear()[1], Goodbye)
+
+    with Rig() as rig:
+        rig.link.close(says_goodbye=True)  # never welcomed
+        assert not wait([rig.router], 0.1)
 
 
 def test_results_have_the_type_that_the_operation_documents() -> None:

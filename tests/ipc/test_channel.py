@@ -29,7 +29,6 @@ from ipc.processes import SignalWatch
 from tests.ipc.samples import make_messages
 
 LIMIT_S = 10.0
-NUM_HOSTILE = int(os.environ.get("FUZZ_INPUTS", "3000"))
 
 
 @contextmanager
@@ -315,6 +314,10 @@ def hostile_header(rng: random.Random, samples: list[bytes]) -> bytes:
 
 
 def test_hostile_peers_disturb_no_good_one() -> None:
+    fuzz(3000)
+
+
+def fuzz(num_inputs: int) -> None:
     """Random and mutated messages from peer after peer; every good message arrives in order."""
     samples = [encoder.encode(x) for wire in make_messages().values() for x in wire]
     rng = random.Random(0)
@@ -324,7 +327,7 @@ def test_hostile_peers_disturb_no_good_one() -> None:
         address = first_address(router)
 
         def attack() -> None:
-            for _ in range(NUM_HOSTILE // 150):
+            for _ in range(num_inputs // 150):
                 with make_attacker(address) as attacker:
                     attacker.linger = 1000
                     for _ in range(150):
@@ -347,7 +350,7 @@ def test_hostile_peers_disturb_no_good_one() -> None:
 
         assert num_sent > 10
         assert heard == list(range(num_sent))
-        assert router.num_malformed + router.num_ignored > NUM_HOSTILE / 4
+        assert router.num_malformed + router.num_ignored > num_inputs / 4
 
 
 def test_signals_are_seen_by_who_waits_for_several_things() -> None:
