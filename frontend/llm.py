@@ -20,7 +20,7 @@ from frontend.tokenizer import Tokenizer
 from frontend.usage_context import UsageContext
 from ipc.errors import EngineGenerateError, RequestError, UnsupportedError
 from ipc.messages import SchedulerStats
-from ipc.sampling_params import SamplingParams
+from ipc.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -133,6 +133,7 @@ class LLM:
             )
         inputs = pair_prompts(prompts, prompt_token_ids)
         params = _one_for_each("sampling_params", sampling_params or SamplingParams(), len(inputs))
+        params = _final_only(params)
         loras = _one_for_each("lora_request", lora_request, len(inputs))
         batch = _Batch(self.llm_engine, self.request_counter, len(inputs))
         try:
@@ -368,6 +369,16 @@ def _one_for_each(name: str, given: Any, count: int) -> list[Any]:
     if len(given) != count:
         raise ValueError(f"{name} must be one or as many as prompts ({count}), got {len(given)}")
     return list(given)
+
+
+def _final_only(params: list[SamplingParams]) -> list[SamplingParams]:
+    """Copies that ask for one output at the end: nobody sees the ones before it."""
+    copies: dict[int, SamplingParams] = {}
+    for each in params:
+        if id(each) not in copies:
+            copies[id(each)] = each.clone()
+            copies[id(each)].output_kind = RequestOutputKind.FINAL_ONLY
+    return [copies[id(each)] for each in params]
 
 
 def _empty_output(

@@ -249,6 +249,10 @@ class LLMEngine:
         stats: SchedulerStats = self._session.call(GetStats())
         return stats
 
+    def get_metrics(self) -> SchedulerStats:
+        """The engine's counters and gauges now: ``get_stats`` by its newer name."""
+        return self.get_stats()
+
     def check_health(self) -> None:
         """Return when every worker gives a sign of life; raise EngineDeadError otherwise."""
         self._session.call(CheckWorkers())

@@ -13,7 +13,7 @@ from frontend.llm_engine import LLMEngine
 from ipc.config import EngineConfig
 from ipc.errors import ConfigError, EngineGenerateError, RequestError, UnsupportedError
 from ipc.messages import AddRequest, EngineOutput, EngineOutputs, FinishReason
-from ipc.sampling_params import SamplingParams
+from ipc.sampling_params import RequestOutputKind, SamplingParams
 from tests.frontend.builders import EOS, TINY, FakeClient, FakeCore, make_tokenizer
 
 
@@ -124,6 +124,13 @@ def test_parameters_default_pair_up_or_serve_all() -> None:
     llm.generate(["a", "b"], [SamplingParams(max_tokens=n) for n in (1, 2)], use_tqdm=False)
     limits = [m.params.max_tokens for m in core.sent if isinstance(m, AddRequest)]
     assert limits == [16, 16, 7, 7, 1, 2]
+
+
+def test_the_callers_parameters_stay_as_they_were() -> None:
+    params = SamplingParams(output_kind=RequestOutputKind.DELTA)
+    (output,) = make_llm().generate("abc", params, use_tqdm=False)
+    assert (output.outputs[0].text, params.output_kind) == ("cba", RequestOutputKind.DELTA)
+    assert params.seed is None
 
 
 def test_the_order_is_the_inputs_even_when_the_end_is_not() -> None:
