@@ -7,14 +7,15 @@ import pytest
 from frontend.request_state import RequestState
 from ipc.messages import FinishReason
 from ipc.sampling_params import RequestOutputKind
-from tests.frontend.builders import EOS, make_rig
+from tests.frontend.builders import EOS, ProcessorRig, make_rig
 
 TEXT = "Grüße – 你好, ### 🙂 und #### so weiter"
 
 
-def read(kind: RequestOutputKind, rng: random.Random, **params: object) -> tuple[str, list[int]]:
+def read(
+    rig: ProcessorRig, kind: RequestOutputKind, rng: random.Random, **params: object
+) -> tuple[str, list[int]]:
     """All text and tokens of one stream, fed and taken in random portions."""
-    rig = make_rig()
     state = rig.open(output_kind=kind, max_tokens=500, **params)
     ids, text, seen = [*TEXT.encode(), EOS], "", []
     while ids and not state.is_finished:
@@ -41,9 +42,9 @@ def take(state: RequestState, text: str, seen: list[int]) -> tuple[str, list[int
 
 @pytest.mark.parametrize("kind", list(RequestOutputKind))
 def test_the_whole_text_and_every_token_come_through(kind: RequestOutputKind) -> None:
-    rng = random.Random(3)
+    rig, rng = make_rig(), random.Random(3)
     for _ in range(100):
-        assert read(kind, rng) == (TEXT, [*TEXT.encode(), EOS])
+        assert read(rig, kind, rng) == (TEXT, [*TEXT.encode(), EOS])
 
 
 @pytest.mark.parametrize(
@@ -59,10 +60,10 @@ def test_the_whole_text_and_every_token_come_through(kind: RequestOutputKind) ->
 def test_a_stop_string_cuts_the_same_place_however_tokens_come(
     stop: str, include: bool, expected: str
 ) -> None:
-    rng = random.Random(4)
+    rig, rng = make_rig(), random.Random(4)
     for kind in RequestOutputKind:
         for _ in range(50):
-            text, ids = read(kind, rng, stop=stop, include_stop_str_in_output=include)
+            text, ids = read(rig, kind, rng, stop=stop, include_stop_str_in_output=include)
             assert text == expected
             complete = (expected if include else expected + stop).encode()
             assert ids == ([*TEXT.encode(), EOS] if stop == "never" else list(complete))
