@@ -74,21 +74,22 @@ def paged_attention(
 
 
 def _check_tensors(q: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:
-    if q.ndim != 3 or key_cache.ndim != 4 or key_cache.shape != value_cache.shape:
+    shape, cache, dtype = q.shape, key_cache.shape, q.dtype  # each look-up costs on a CPU
+    if len(shape) != 3 or len(cache) != 4 or cache != value_cache.shape:
         raise ValueError(
             f"q must be [T, N, D] and the caches [num_blocks, block_size, K, D]: "
-            f"{q.shape}, {key_cache.shape}, {value_cache.shape}"
+            f"{shape}, {cache}, {value_cache.shape}"
         )
-    num_heads, num_kv_heads = q.shape[1], key_cache.shape[2]
-    if num_kv_heads == 0 or num_heads % num_kv_heads or q.shape[2] != key_cache.shape[3]:
-        raise ValueError(f"heads do not fit: {q.shape}, {key_cache.shape}")
-    if key_cache.shape[1] not in (8, 16, 32):
-        raise ValueError(f"block_size must be 8, 16 or 32, not {key_cache.shape[1]}")
-    if not q.dtype == key_cache.dtype == value_cache.dtype:
-        raise ValueError(f"dtypes differ: {q.dtype}, {key_cache.dtype}, {value_cache.dtype}")
-    if q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise ValueError(f"q must be float32, float16 or bfloat16, not {q.dtype}")
-    if q.numel() and q.stride()[1:] != (q.shape[2], 1):
+    _, block_size, num_kv_heads, head_dim = cache
+    if num_kv_heads == 0 or shape[1] % num_kv_heads or shape[2] != head_dim:
+        raise ValueError(f"heads do not fit: {shape}, {cache}")
+    if block_size not in (8, 16, 32):
+        raise ValueError(f"block_size must be 8, 16 or 32, not {block_size}")
+    if not dtype == key_cache.dtype == value_cache.dtype:
+        raise ValueError(f"dtypes differ: {dtype}, {key_cache.dtype}, {value_cache.dtype}")
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise ValueError(f"q must be float32, float16 or bfloat16, not {dtype}")
+    if q.stride()[1:] != (head_dim, 1) and q.numel():
         raise ValueError(f"a token's queries must be contiguous, strides are {q.stride()}")
     if not (key_cache.is_contiguous() and value_cache.is_contiguous()):
         raise ValueError("the caches must be contiguous")
@@ -99,20 +100,19 @@ def _check_tensors(q: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:
 def _check_requests(
     q: Tensor, block_table: Tensor, query_start_loc: Tensor, seq_lens: Tensor
 ) -> None:
-    num_requests = seq_lens.shape[0] if seq_lens.ndim == 1 else -1
-    if block_table.ndim != 2 or block_table.shape[0] != num_requests:
-        raise ValueError(
-            f"block_table must be [B, M] and seq_lens [B]: {block_table.shape}, {seq_lens.shape}"
-        )
-    if query_start_loc.shape != (num_requests + 1,):
+    table, lens = block_table.shape, seq_lens.shape
+    if len(table) != 2 or len(lens) != 1 or table[0] != lens[0]:
+        raise ValueError(f"block_table must be [B, M] and seq_lens [B]: {table}, {lens}")
+    if query_start_loc.shape != (lens[0] + 1,):
         raise ValueError(f"query_start_loc must be [B + 1], not {query_start_loc.shape}")
+    device = q.device
     for tensor in (block_table, query_start_loc, seq_lens):
-        if tensor.dtype != torch.int32 or tensor.device != q.device:
+        if tensor.dtype != torch.int32 or tensor.device != device:
             raise ValueError(
                 "block_table, query_start_loc and seq_lens must be int32 and on q's "
                 f"device, not {tensor.dtype} on {tensor.device}"
             )
-        if tensor.numel() and tensor.stride(-1) != 1:
+        if tensor.stride(-1) != 1 and tensor.numel():
             raise ValueError(f"rows must be contiguous, strides are {tensor.stride()}")
 
 

@@ -57,13 +57,15 @@ def _decode(
     max_blocks = max(1, _GATHER_BYTES // (block_size * K * D * q.element_size()))
     queries = q.view(len(lens), 1, K, -1, D).unbind(0)
     outs: list[Tensor] = []
+    num_gathered = 0
     for start, end in _gathers(spans, max_blocks):
         sizes: list[int] = []  # of the pieces that a gather falls into: skipped, seen, unused
         for r in range(start, end):
             skipped = firsts[r] - spans[r][0] * block_size
             sizes += (skipped, lens[r] - firsts[r], spans[r][1] * block_size - lens[r])
         num_blocks = sum(sizes) // block_size
-        ids, block_ids = block_ids[:num_blocks], block_ids[num_blocks:]
+        ids = block_ids.narrow(0, num_gathered, num_blocks)
+        num_gathered += num_blocks
         keys, values = (
             cache.index_select(0, ids).view(1, -1, K, D).transpose(1, 2).split_with_sizes(sizes, 2)
             for cache in caches
@@ -71,7 +73,7 @@ def _decode(
         for i, r in enumerate(range(start, end)):
             k, v = keys[3 * i + 1], values[3 * i + 1]  # [1, K, seen, D]
             outs.append(_weigh(queries[r], k, v, None, is_causal=False, options=options))
-    return torch.cat(outs).view(q.shape)
+    return (torch.cat(outs) if len(outs) > 1 else outs[0]).view(q.shape)
 
 
 def _pick_blocks(block_table: Tensor, spans: list[tuple[int, int]]) -> Tensor:
