@@ -11,7 +11,7 @@ from pathlib import Path
 from frontend.tokenizer_config import read_json
 from ipc.errors import ConfigError
 
-_CONFIG_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "tokenizer*")
+_CONFIG_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "tokenizer*")
 _WEIGHT_PATTERNS = {
     "safetensors": ("*.safetensors",),
     "pt": ("*.bin", "*.pt"),
