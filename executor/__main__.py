@@ -139,7 +139,9 @@ def run(make_worker: MakeWorker | None = None) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to decide
     boot = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Boot)
     die_with(boot.death_pipe)
-    channel: Channel = DealerChannel(core_to_worker_decoder, identity=identity_of(boot.token, boot.rank))
+    channel: Channel = DealerChannel(
+        core_to_worker_decoder, identity=identity_of(boot.token, boot.rank)
+    )
     channel.connect(boot.address)
     rank = Rank(boot, make_worker)
     try:
