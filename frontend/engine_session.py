@@ -57,8 +57,8 @@ class CoreClient(Protocol):
 class EngineSession:
     """Owns a core client and the open requests on it.
 
-    Invariant: ``_unstarted`` is part of ``_in_core``, and small enough that the core, which may
-    have preempted all that it runs, still has room for it in its queue.
+    Invariant: ``_unstarted`` is part of ``_in_core``, and no larger than the core's queue may be,
+    yet large enough to fill a whole batch.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class EngineSession:
         self._dead: EngineDeadError | None = None
         self.inputs = InputProcessor(config.model_config, limits, tokenizer)
         self.outputs = OutputProcessor(tokenizer, log_stats=bool(stat_loggers.loggers))
-        self._max_unstarted = max(1, limits.max_waiting_requests - limits.max_num_seqs)
+        self._max_unstarted = max(limits.max_waiting_requests, limits.max_num_seqs)
         self._uses_priority = config.scheduler_config.policy == "priority"
         self._arrivals = itertools.count()
         self._backlog: list[tuple[int, int, AddRequest]] = []  # a heap: priority, arrival

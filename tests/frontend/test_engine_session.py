@@ -68,9 +68,9 @@ def test_more_requests_than_the_core_lets_wait_follow_as_room_appears() -> None:
     session = make_session(core)
     for number in range(40):
         session.add(make_request(str(number)))
-    assert len(core.requests) == 3
+    assert len(core.requests) == 5
     assert len(run(session)) == 40
-    assert core.max_seen <= 12
+    assert core.max_seen < 20
 
 
 def test_an_aborted_request_in_the_backlog_never_reaches_the_core() -> None:
