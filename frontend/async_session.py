@@ -227,7 +227,7 @@ class AsyncSession:
     def take_in(self, message: CoreToFrontend, frames: Frames) -> None:
         """Take in one message of the core."""
         if isinstance(message, EngineFailed):
-            self.die(EngineDeadError(message.reason))
+            self.die(EngineDeadError(message.reason, message.exit_code))
             return
         if not isinstance(message, EngineOutputs):
             return

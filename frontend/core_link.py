@@ -129,7 +129,7 @@ class CoreLink:
                     self.welcome = received[0]
                     continue
                 case EngineFailed():
-                    raise EngineDeadError(received[0].reason)
+                    raise EngineDeadError(received[0].reason, received[0].exit_code)
                 case Refused():
                     raise ProtocolError(f"the engine refused us: {received[0].reason}")
                 case EngineOutputs():
@@ -200,7 +200,11 @@ class Engine:
     def describe_end(self) -> EngineDeadError:
         """The error for an engine whose process has ended."""
         reason = None if self.launch is None else self.launch.describe_end()
-        return EngineDeadError(reason or f"the engine at {self.link.address} ended")
+        failure = None if self.launch is None else self.launch.failure
+        return EngineDeadError(
+            reason or f"the engine at {self.link.address} ended",
+            None if failure is None else failure.exit_code,
+        )
 
     def close(self) -> None:
         """Leave the engine, and end it if it is ours. Harmless when repeated."""

@@ -72,9 +72,19 @@ class EngineStartError(EngineError, RuntimeError):
 
 
 class EngineDeadError(EngineError, RuntimeError):
-    """The engine stopped and was given up; every open request got this error."""
+    """The engine stopped and was given up; every open request got this error.
+
+    Args:
+        message: what happened.
+        exit_code: the engine's own, where it left one.
+    """
 
     exit_code = ExitCode.WORKER_DIED
+
+    def __init__(self, message: str, exit_code: int | None = None) -> None:
+        super().__init__(message)
+        if exit_code is not None:
+            self.exit_code = ExitCode(exit_code)
 
 
 class DeviceStartError(EngineStartError):
