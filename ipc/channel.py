@@ -37,6 +37,7 @@ MAX_MALFORMED = 100  # after these a peer is not listened to any more
 
 _MAX_TRACKED_PEERS = 4096
 _MAX_DROPS_PER_RECEIVE = 256  # then the caller gets a turn: a flood must not hold it
+_POLLIN = int(zmq.POLLIN)  # arithmetic on enums is slow
 _RECONNECT_MS = 1000
 _TCP_PING_MS, _TCP_SILENCE_MS = 1000, 5000
 
@@ -125,11 +126,9 @@ class RouterChannel(Generic[T]):
         if self._gate is not None:
             self._gate.serve()
         for _ in range(_MAX_DROPS_PER_RECEIVE):
-            try:
-                peer, *parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
+            if (received := _receive_parts(self._socket, num_copied=2)) is None:
                 return None
-            sender = peer.bytes
+            sender, *parts = received
             if self._malformed.get(sender, 0) >= MAX_MALFORMED:
                 self.num_ignored += 1
                 continue
@@ -274,9 +273,7 @@ class DealerChannel(Generic[T]):
 
     def _receive_now(self) -> tuple[T, list[memoryview]] | None:
         for _ in range(_MAX_DROPS_PER_RECEIVE):
-            try:
-                parts = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
+            if (parts := _receive_parts(self._socket, num_copied=1)) is None:
                 return None
             try:
                 return _decode(self._decoder, parts)
@@ -322,14 +319,26 @@ def _configure_tcp(socket: Socket, address: str) -> None:
     socket.heartbeat_timeout = _TCP_SILENCE_MS
 
 
-def _decode(decoder: "Decoder[T]", parts: list[zmq.Frame]) -> tuple[T, list[memoryview]]:
+def _receive_parts(socket: Socket, num_copied: int) -> list[Any] | None:
+    """One multipart message, None when there is none: the first parts as bytes, then frames."""
+    events = socket.getsockopt(zmq.EVENTS)
+    assert isinstance(events, int)
+    if not events & _POLLIN:  # cheaper than an exception
+        return None
+    parts: list[Any] = [socket.recv(zmq.NOBLOCK)]
+    while socket.getsockopt(zmq.RCVMORE):  # the rest is there: messages arrive whole
+        parts.append(socket.recv(copy=len(parts) < num_copied))
+    return parts
+
+
+def _decode(decoder: "Decoder[T]", parts: list[Any]) -> tuple[T, list[memoryview]]:
     if not 1 <= len(parts) <= 1 + MAX_EXTRA_FRAMES:
         raise _Malformed(f"{len(parts)} frames")
     try:
-        message = decoder.decode(parts[0].buffer)
+        message = decoder.decode(parts[0])
     except (msgspec.MsgspecError, ValueError, RecursionError, OverflowError) as err:
         raise _Malformed(str(err)) from err
-    return message, [part.buffer for part in parts[1:]]
+    return message, [frame.buffer for frame in parts[1:]]
 
 
 def _milliseconds(seconds: float) -> int:
