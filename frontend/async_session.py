@@ -152,6 +152,7 @@ class AsyncSession:
         pool: TokenizerPool | None = None,
     ) -> None:
         limits = client.welcome.limits
+        self._loop = asyncio.get_running_loop()
         self._client = client
         self._stat_loggers = stat_loggers
         self._pool = pool
@@ -247,8 +248,10 @@ class AsyncSession:
     def die(self, error: EngineDeadError) -> None:
         """The engine stopped: every open stream is told now."""
         self.dead = self.dead or error
-        self._wake(self.outputs.fail_all(error, time.time()))
-        self._note_ended()
+        ended = self.outputs.fail_all(error, time.time())
+        if not self._loop.is_closed():  # else nobody is left who could wait
+            self._wake(ended)
+            self._note_ended()
 
     def close(self) -> None:
         """Leave the core. Open streams get EngineDeadError. Harmless when repeated."""
@@ -274,8 +277,7 @@ class AsyncSession:
         """Run the user's code in a thread of its own; one, so that rows stay in order."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "logits-processors")
-        loop = asyncio.get_running_loop()
-        future = loop.run_in_executor(self._thread, run_processors, work)
+        future = self._loop.run_in_executor(self._thread, run_processors, work)
         future.add_done_callback(self._send_processed)
 
     def _send_processed(self, future: "asyncio.Future[tuple[ProcessedLogits, Frames]]") -> None:

@@ -380,6 +380,24 @@ def test_closing_ends_streams_and_the_client() -> None:
     run(main)
 
 
+def test_closing_after_the_loop_was_closed_is_quiet() -> None:
+    loop = asyncio.new_event_loop()
+    kept: list[Any] = []
+
+    async def main() -> None:
+        session, _ = make_session(is_held=True)
+        stream = await session.open(make_request())
+        kept.extend([session, stream, asyncio.ensure_future(anext(stream))])
+        await asyncio.sleep(0)
+
+    loop.run_until_complete(main())
+    loop.close()
+    session, stream, task = kept
+    session.close()
+    assert stream.finished
+    task._log_destroy_pending = False
+
+
 def test_streams_work_with_aclosing_and_break() -> None:
     async def main() -> None:
         session, client = make_session()
