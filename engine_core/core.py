@@ -119,6 +119,7 @@ class EngineCore:
             group = groups.pop(req_id, None)
             if group is not None:
                 self._end(group, FinishReason.ABORT)
+                self._undelivered.setdefault(client, ClientOutputs())  # the state has changed
 
     def abort_branches(self, client: bytes, branches: Iterable[tuple[str, int]]) -> None:
         """Stop single branches silently."""
@@ -215,6 +216,8 @@ class EngineCore:
         result = self.scheduler.update_from_output(output, now_s)
         told, self._undelivered = self._undelivered, {}
         collect_outputs(result, frames, told, time.time() - now_s)
+        if not told and not self.scheduler.has_requests:  # the last ones were aborted: say so
+            told = {client: ClientOutputs() for client in self._groups}
         for request in (*result.finished, *result.failed):
             group = request.group
             if group.is_finished:

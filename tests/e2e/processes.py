@@ -1,7 +1,10 @@
 """What a process tree holds and leaves behind: processes, sockets, shared memory, modules."""
 
+import atexit
 import os
+import shutil
 import signal
+import tempfile
 import textwrap
 import time
 from dataclasses import dataclass
@@ -15,6 +18,10 @@ GONE_LIMIT_S = 10.0
 PACKAGES = {"frontend", "engine_core", "executor"}
 MARK = "HELIOGRAPH_TEST_RUN"  # inherited by every process that the tests start
 os.environ[MARK] = str(os.getpid())
+# Sockets of these tests live here, and nobody else's do.
+RUNTIME_DIR = tempfile.mkdtemp(prefix="run-")
+os.environ["XDG_RUNTIME_DIR"] = RUNTIME_DIR
+atexit.register(shutil.rmtree, RUNTIME_DIR, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,7 @@ class Traces:
         """Processes of this project, listening unix sockets and shared memory files."""
         return Traces(
             pids=frozenset(engine_pids()),
-            sockets=frozenset(listening_paths()),
+            sockets=frozenset(p for p in listening_paths() if p.startswith(RUNTIME_DIR)),
             shared_memory=frozenset(os.listdir("/dev/shm")),
         )
 
