@@ -79,6 +79,8 @@ def error_response(error: Exception) -> Response:
         response.headers["Retry-After"] = str(seconds)
     elif status == 503:
         response.headers["Retry-After"] = "5"
+    if status in (408, 413):  # the rest of the body is not waited for
+        response.headers["Connection"] = "close"
     return response
 
 

@@ -22,7 +22,7 @@ from ipc.errors import EngineGenerateError, RequestError
 from ipc.sampling_params import SamplingParams
 
 MAX_BODY_BYTES = 32 << 20
-BODY_TIMEOUT_S = 60.0
+BODY_TIMEOUT_S = 30.0
 
 T = TypeVar("T")
 

@@ -1,0 +1,75 @@
+"""The table exception -> status."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from starlette.requests import Request
+
+from frontend.openai import generation
+from frontend.openai.errors import (
+    STATUSES,
+    BodyTimeoutError,
+    DrainingError,
+    error_body,
+    error_response,
+)
+from frontend.openai.generation import read_body
+from frontend.openai.protocol import CompletionRequest
+from ipc.errors import (
+    ConfigError,
+    EngineDeadError,
+    EngineOverloadedError,
+    RequestError,
+    UnsupportedError,
+)
+from tests.frontend.openai.fake_engine import make_server
+
+
+def test_every_entry_of_the_table_can_be_reached() -> None:
+    kinds = [kind for kind, _, _ in STATUSES]
+    for i, kind in enumerate(kinds):
+        assert not any(issubclass(kind, earlier) for earlier in kinds[:i]), kind
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        pytest.param(RequestError("x"), 400, id="request"),
+        pytest.param(UnsupportedError("x"), 400, id="unsupported"),
+        pytest.param(ConfigError("x"), 400, id="a value error"),
+        pytest.param(EngineOverloadedError("x"), 429, id="overloaded"),
+        pytest.param(DrainingError("x"), 503, id="draining"),
+        pytest.param(EngineDeadError("x"), 503, id="dead"),
+        pytest.param(BodyTimeoutError("x"), 408, id="slow body"),
+        pytest.param(KeyError("x"), 500, id="a bug"),
+    ],
+)
+def test_statuses(error: Exception, status: int) -> None:
+    assert error_response(error).status_code == status
+
+
+@pytest.mark.parametrize(("seconds", "header"), [(0.0, "1"), (7.4, "7"), (900.0, "60")])
+def test_retry_after_is_whole_seconds_between_one_and_sixty(seconds: float, header: str) -> None:
+    response = error_response(EngineOverloadedError("full", seconds))
+    assert response.headers["retry-after"] == header
+
+
+def test_both_body_shapes_say_the_same() -> None:
+    status, body = error_body(RequestError("no", param="n"))
+    fields = {"message": "no", "type": "BadRequestError", "param": "n", "code": status}
+    assert body == {"error": fields, "object": "error", **fields}
+
+
+def test_a_body_that_does_not_come_in_time_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generation, "BODY_TIMEOUT_S", 0.01)
+    _, state, _ = make_server()
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.Event().wait()
+        raise AssertionError("unreachable")
+
+    request = Request({"type": "http", "headers": []}, receive)
+    with pytest.raises(BodyTimeoutError) as caught:
+        asyncio.run(read_body(request, CompletionRequest, state))
+    assert error_response(caught.value).headers["connection"] == "close"
