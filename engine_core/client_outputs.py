@@ -34,9 +34,7 @@ def collect_outputs(
         token_ids = request.output_token_ids
         position = len(token_ids) - 1
         if request.needs_full_output:
-            outputs.append(
-                _full_output(request, result, wall_clock_s)
-            )
+            outputs.append(_full_output(request, result, wall_clock_s))
         else:
             outputs.append(
                 EngineOutput(request.req_id, request.index, position, token_ids[position:])

@@ -103,9 +103,9 @@ class KVCacheManager:
         self._extend_hashes(request)
         hashes = request.block_hashes[: (request.num_tokens - 1) // self.block_size]
         if self._window is None:
-            block_ids = self._find_whole(hashes)
+            block_ids = _find_whole(self.gpu_pool, hashes)
         else:
-            block_ids = self._find_behind_window(hashes, self._window)
+            block_ids = _find_behind_window(self.gpu_pool, hashes, self.block_size, self._window)
         return CachedPrefix(block_ids, len(block_ids) * self.block_size)
 
     def allocate_slots(
@@ -301,27 +301,6 @@ class KVCacheManager:
             token_ids = request.token_slice(len(hashes) * size, num_full * size)
             hashes.extend(self._hasher.extend(parent, token_ids))
 
-    def _find_whole(self, hashes: list[bytes]) -> list[int]:
-        """Blocks of the longest prefix all of which is cached."""
-        block_ids = []
-        for block_hash in hashes:
-            block_id = self.gpu_pool.find(block_hash)
-            if block_id is None:
-                break
-            block_ids.append(block_id)
-        return block_ids
-
-    def _find_behind_window(self, hashes: list[bytes], window: int) -> list[int]:
-        """Like ``_find_whole``, but only what the next token looks back at must be cached."""
-        size, find = self.block_size, self.gpu_pool.find
-        first = end = len(hashes)  # blocks first..end are cached
-        while first > max(0, end * size - window + 1) // size:
-            first -= 1
-            if find(hashes[first]) is None:
-                end = first
-        found = [find(block_hash) for block_hash in hashes[first:end]]
-        return [NULL_BLOCK_ID] * first + [i for i in found if i is not None] if end else []
-
     def _release_behind_window(
         self, request: Request, num_computed_tokens: int, window: int
     ) -> None:
@@ -347,3 +326,27 @@ def _num_leading_nulls(table: list[int]) -> int:
         if block_id != NULL_BLOCK_ID:
             return i
     return len(table)
+
+
+def _find_whole(pool: BlockPool, hashes: list[bytes]) -> list[int]:
+    """Blocks of the longest prefix all of which is cached."""
+    block_ids = []
+    for block_hash in hashes:
+        block_id = pool.find(block_hash)
+        if block_id is None:
+            break
+        block_ids.append(block_id)
+    return block_ids
+
+
+def _find_behind_window(
+    pool: BlockPool, hashes: list[bytes], block_size: int, window: int
+) -> list[int]:
+    """Like ``_find_whole``, but only what the next token looks back at must be cached."""
+    first = end = len(hashes)  # blocks first..end are cached
+    while first > max(0, end * block_size - window + 1) // block_size:
+        first -= 1
+        if pool.find(hashes[first]) is None:
+            end = first
+    found = [pool.find(block_hash) for block_hash in hashes[first:end]]
+    return [NULL_BLOCK_ID] * first + [i for i in found if i is not None] if end else []
