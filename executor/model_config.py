@@ -189,8 +189,8 @@ def text_config_of(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     nested = hf_config.get("text_config")
     config = dict(hf_config)
     if isinstance(nested, Mapping):
-        shared = ("tie_word_embeddings", "rope_scaling", "torch_dtype", "dtype")
-        config = {k: hf_config[k] for k in shared if hf_config.get(k) is not None} | dict(nested)
+        outer = ("tie_word_embeddings", "rope_scaling", "torch_dtype", "dtype")
+        config = {k: hf_config[k] for k in outer if hf_config.get(k) is not None} | dict(nested)
     model_type = str(config.setdefault("model_type", ""))
     defaults = _FAMILY_DEFAULTS.get(model_type, {})
     return {k: v for k, v in defaults.items() if k not in config} | config

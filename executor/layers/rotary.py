@@ -28,7 +28,7 @@ from kernels.rotary import apply_rotary, rotate_heads, widen_tables
 
 
 class RotaryStep(NamedTuple):
-    """One step's rotation, shared by all layers that have the same rotary shape."""
+    """One step's rotation, one for all layers of the same rotary shape."""
 
     cos: Tensor  # [P, R/2] float32; or [T, 1, R], gathered and widened, where positions is None
     sin: Tensor
