@@ -145,7 +145,7 @@ class CoreServer:
                 try:
                     dispatch(self._core, peer, message, frames)
                 except ProtocolError as err:
-                    logger.warning("%s sent an unusable tensor: %s", frontend.name, err)
+                    logger.warning("%.64r sent an unusable tensor: %.200s", frontend.name, err)
 
     def _greet(self, peer: bytes, hello: Hello) -> None:
         reason = find_mismatch(hello)
@@ -156,7 +156,7 @@ class CoreServer:
         elif reason is None and len(self._frontends) >= MAX_FRONTENDS:
             reason = f"{MAX_FRONTENDS} frontends are attached already"
         if reason is not None:
-            logger.warning("refused %s (pid %d): %s", hello.name, hello.pid, reason)
+            logger.warning("refused %.64r (pid %d): %.200r", hello.name, hello.pid, reason)
             self._channel.send(peer, Refused(reason))
             return
         self._frontends[peer] = FrontendState(
@@ -196,7 +196,7 @@ class CoreServer:
     def _remove(self, peer: bytes, reason: str) -> None:
         frontend = self._frontends.pop(peer, None)
         if frontend is not None:
-            logger.info("frontend %s (pid %d) left: %s", frontend.name, frontend.pid, reason)
+            logger.info("frontend %.64r (pid %d) left: %s", frontend.name, frontend.pid, reason)
             self._core.remove_client(peer)
 
 
