@@ -72,16 +72,18 @@ class Lifecycle:
             )
         )
         if num_new_tokens:
-            self.advance(request, num_new_tokens, step)
+            self.advance(request, num_new_tokens, request.num_tokens_owed, step)
         else:
             request.prompt_done_step_id = step.step_id
 
-    def advance(self, request: Request, num_new_tokens: int, step: StepBuilder) -> None:
-        """Put ``num_new_tokens`` of a request that has slots for them into the step."""
-        num_owed = request.num_tokens_owed
+    def advance(
+        self, request: Request, num_new_tokens: int, num_owed: int, step: StepBuilder
+    ) -> None:
+        """Put ``num_new_tokens`` of those a request owes, and has slots for, into the step."""
         step.add(request, num_new_tokens, num_owed=num_owed)
         num_prompt, num_before = request.num_prompt_tokens, request.num_computed_tokens
-        step.num_prompt_tokens += max(0, min(num_prompt - num_before, num_new_tokens))
+        if num_before < num_prompt:
+            step.num_prompt_tokens += min(num_prompt - num_before, num_new_tokens)
         request.num_computed_tokens += num_new_tokens
         request.last_step_id = step.step_id
         self._kv_cache.remember(request)

@@ -163,7 +163,7 @@ class Scheduler:
         if request.num_released_blocks > request.num_released_told:
             request.num_released_told = request.num_released_blocks
             step.released.append((request.row, request.num_released_blocks))
-        self.lifecycle.advance(request, num_new_tokens, step)
+        self.lifecycle.advance(request, num_new_tokens, num_owed, step)
 
     def _allocate_or_preempt(
         self, request: Request, num_new_tokens: int, step: StepBuilder
