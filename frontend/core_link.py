@@ -185,6 +185,7 @@ class Engine:
         self.launch = engine if isinstance(engine, Launch) else None
         self._own_pidfd: int | None = None
         self._is_closed = False
+        self._owner_pid = os.getpid()
         if isinstance(engine, Launch):
             address = engine.wait_ready()
             self.pidfd: int | None = engine.pidfd
@@ -207,8 +208,8 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Leave the engine, and end it if it is ours. Harmless when repeated."""
-        if not self._is_closed:
+        """Leave the engine, and end it if it is ours. Harmless when repeated, or in a fork."""
+        if not self._is_closed and os.getpid() == self._owner_pid:
             self._is_closed = True
             is_gone = self.pidfd is not None and is_readable(self.pidfd)
             self.link.close(says_goodbye=not is_gone)

@@ -181,16 +181,19 @@ def test_nothing_outlives_the_users_program(script: str) -> None:
 
 def test_a_forked_copy_of_the_program_may_end_without_ending_the_engine() -> None:
     script = """
+        from frontend.core_client import ProcessCoreClient
+        from ipc.messages import IsPaused
+        client = ProcessCoreClient(launch)
         if os.fork() == 0:
             sys.exit(0)
         os.wait()
-        print(launch.describe_end(), flush=True)
-        launch.terminate()
+        print(launch.describe_end(), client.call(IsPaused()), flush=True)
+        client.close()
     """
     with run_script(script) as program:
         processes = read_processes(program)
         assert program.stdout is not None
-        assert program.stdout.readline() == "None\n"
+        assert program.stdout.readline() == "None False\n"
     assert program.returncode == 0
     assert_gone(processes)
 
