@@ -103,10 +103,8 @@ class Answer:
         outputs = await run_all([final_output(self._state, job) for job in self._jobs])
         choices = []
         for number, output in enumerate(outputs):
-            self._usage.take(number, output)
+            self._count(number, output)
             choices += [self._choice(number, output, sequence) for sequence in output.outputs]
-        if self._is_prompt_only:
-            self._usage.drop_completion()
         return {
             "id": self._id,
             "object": "text_completion",
@@ -133,8 +131,6 @@ class Answer:
             ]
             streams.append(self._stream_job(number, job, formats, write))
         await run_all(streams)
-        if self._is_prompt_only:
-            self._usage.drop_completion()
         if usage_null:
             await write(usage_chunk(head, self._usage.body()))
 
@@ -152,7 +148,7 @@ class Answer:
         )
 
         async def take(output: RequestOutput) -> None:
-            self._usage.take(number, output)
+            self._count(number, output)
             for sequence in output.outputs:
                 index = sequence.index
                 if is_plain and sequence.finish_reason is None:
@@ -208,6 +204,11 @@ class Answer:
             choice["prompt_token_ids"] = output.prompt_token_ids
             choice["token_ids"] = [] if self._is_prompt_only else sequence.token_ids
         return choice
+
+    def _count(self, number: int, output: RequestOutput) -> None:
+        self._usage.take(number, output)
+        if self._is_prompt_only:  # the engine generates one token at least; nobody asked for it
+            self._usage.drop_completion()
 
     def _text(self, output: RequestOutput, sequence: CompletionOutput, *, is_echo: bool) -> str:
         text = "" if self._is_prompt_only else sequence.text

@@ -4,6 +4,7 @@ It ends with ``ipc.errors.ExitCode``: clean after a signal, else why the engine 
 """
 
 import asyncio
+import errno
 import gc
 import logging
 import os
@@ -71,11 +72,14 @@ def bind(options: ListenOptions) -> socket.socket:
 
 def _bind_tcp(host: str | None, port: int) -> socket.socket:
     if host is None:
-        if socket.has_dualstack_ipv6():
+        try:
             return socket.create_server(
                 ("", port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True
             )
-        return socket.create_server(("", port), backlog=BACKLOG)
+        except (OSError, ValueError) as err:  # ValueError: no dual stack on this platform
+            if getattr(err, "errno", None) == errno.EADDRINUSE:
+                raise
+        return socket.create_server(("", port), backlog=BACKLOG)  # a host without IPv6
     family, _, _, _, address = socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
