@@ -16,14 +16,14 @@ from frontend.logits_processors import LogitsProcessor, resolve_processors
 from frontend.lora_request import LoRARequest
 from frontend.pooling_params import PoolingParams
 from frontend.prompts import ParsedPrompt, Prompt, parse_prompt
-from frontend.tokenizer import Tokenizer
+from frontend.tokenizer import LONG_TEXT_CHARS, Tokenizer
 from frontend.tokenizer_pool import TokenizerPool
 from ipc.config import ModelConfig
 from ipc.errors import RequestError, UnsupportedError
 from ipc.messages import AddRequest, Limits
 from ipc.sampling_params import SamplingParams
 
-LONG_TEXT_CHARS = 4096  # longer texts are tokenised beside the event loop
+MAX_LONG_TEXTS = 2  # tokenised at a time: threads compete with the event loop for the cores
 MAX_BRANCHES = 128
 MAX_STOP_STRINGS, MAX_STOP_CHARS = 16, 256
 MAX_LIST_ENTRIES = 1024  # stop_token_ids, logit_bias, bad_words
@@ -93,6 +93,7 @@ class InputProcessor:
         self._limits = limits
         self.tokenizer = tokenizer
         self._pool = pool
+        self._long_texts = asyncio.Semaphore(MAX_LONG_TEXTS)
         self._seeds = SeedSource(model_config.seed)
         self._num_admitted = 0
         self._eos_token_ids, self._further_eos_token_ids = self._end_of_text_ids()
@@ -125,7 +126,8 @@ class InputProcessor:
             return await self._pool.encode_async(text, add_special_tokens)
         if len(text) <= LONG_TEXT_CHARS:
             return tokenizer.encode(text, add_special_tokens)
-        return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
+        async with self._long_texts:
+            return await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
 
     def admit(self, new: NewRequest, prompt: ParsedPrompt | None = None) -> AdmittedRequest:
         """Check everything, and make the message.

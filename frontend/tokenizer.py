@@ -16,6 +16,8 @@ from frontend.tokenizer_config import TokenizerConfig, read_tokenizer_config
 from ipc.config import ModelConfig
 from ipc.errors import ConfigError, RequestError
 
+LONG_TEXT_CHARS = 4096  # longer texts are encoded without holding up other threads
+
 
 class Tokenizer(Protocol):
     """What the frontend asks of a tokenizer. Token ids without a text decode to nothing."""
@@ -174,9 +176,16 @@ class FastTokenizer:
             RequestError: the text holds half of a surrogate pair, which is no character.
         """
         try:
-            ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            if len(text) > LONG_TEXT_CHARS:
+                # Only the call for batches lets other threads run; it costs a pool of threads.
+                (encoding,) = self._backend.encode_batch(
+                    [text], add_special_tokens=add_special_tokens
+                )
+            else:
+                encoding = self._backend.encode(text, add_special_tokens=add_special_tokens)
         except (TypeError, UnicodeEncodeError) as err:
             raise RequestError(f"the text cannot be tokenised: {err}", "prompt") from err
+        ids: list[int] = encoding.ids
         return ids
 
     def decode(
