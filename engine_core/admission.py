@@ -115,13 +115,10 @@ class Admission:
         return _Verdict.ENTERED
 
     def _swap_in(self, request: Request, step: StepBuilder) -> _Verdict:
-        """Bring a swapped request back. It may owe nothing but a sample from the user's logits."""
-        num_owed = request.num_tokens_owed
-        num_new_tokens = self._first_chunk(num_owed, step)
+        """Bring a swapped request back; it owes at least the token that it waited for."""
+        num_new_tokens = self._first_chunk(request.num_tokens_owed, step)
         num_nulls = len(request.cpu_block_ids) - self._kv_cache.num_swapped_blocks(request)
-        if num_owed and not num_new_tokens:
-            return _Verdict.NO_ROOM
-        if not self._has_room(request, num_nulls):
+        if not num_new_tokens or not self._has_room(request, num_nulls):
             return _Verdict.NO_ROOM
         if not self._kv_cache.swap_in(request, num_new_tokens):
             return _Verdict.NO_ROOM

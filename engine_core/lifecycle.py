@@ -71,10 +71,7 @@ class Lifecycle:
                 len(request.prompt_logprobs or ()),
             )
         )
-        if num_new_tokens:
-            self.advance(request, num_new_tokens, request.num_tokens_owed, step)
-        else:
-            request.prompt_done_step_id = step.step_id
+        self.advance(request, num_new_tokens, request.num_tokens_owed, step)
 
     def advance(
         self, request: Request, num_new_tokens: int, num_owed: int, step: StepBuilder
@@ -99,9 +96,7 @@ class Lifecycle:
     def preempt_last(self) -> Request:
         """Take everything from the last running request; it waits in its old place."""
         victim = self.running.pop()
-        mode = self._preemption_mode
-        wants_swap = mode == "swap" or (mode is None and len(victim.group.branches) > 1)
-        if wants_swap and self._kv_cache.swap_out(victim):
+        if self._wants_swap(victim) and self._kv_cache.swap_out(victim):
             victim.move_to(RequestStatus.SWAPPED)
             self.num_swapped += 1
         else:
@@ -115,6 +110,17 @@ class Lifecycle:
         self.counters.num_preemptions += 1
         self.waiting.add(victim)
         return victim
+
+    def _wants_swap(self, victim: Request) -> bool:
+        """Whether to move blocks to host memory, by mode or because siblings share them.
+
+        A row whose logits visit the user always computes again: sampling it needs what its own
+        forward left in the worker's row.
+        """
+        if victim.user_logits is not None:
+            return False
+        mode = self._preemption_mode
+        return mode == "swap" or (mode is None and len(victim.group.branches) > 1)
 
     def finish(
         self,

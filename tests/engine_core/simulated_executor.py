@@ -118,6 +118,7 @@ class SimulatedRow:
     params: RowParams
     num_prompt_logprobs_sent: int
     digests: list[int] = field(default_factory=list)
+    has_logits: bool = False  # computed here, on their way to the user
 
 
 class SimulatedExecutor:
@@ -255,6 +256,8 @@ class SimulatedExecutor:
         for sample_row in plan.sample_rows:
             row = self.rows[sample_row.row]
             assert row.num_computed_tokens == len(row.token_ids), "no logits were computed"
+            assert row.has_logits, "logits of an earlier life of this request, not of this row"
+            row.has_logits = False
             logits = read(sample_row.logits, frames).cast("f").tolist()
             self._append(row, argmax(logits), answer)
         return answer.message(plan.step_id), answer.frames
@@ -314,6 +317,7 @@ class SimulatedExecutor:
                 self._append(row, 0, answer)
             return None
         if row.params.has_logits_processors:
+            row.has_logits = True
             logits = raw_logits(row.params.seed, position, row.digests[-1])
             ref = TensorRef(len(answer.frames), "float32", [VOCAB_SIZE])
             answer.frames.append(memoryview(logits).cast("B"))
