@@ -63,7 +63,7 @@ def run_processors(work: RowWork) -> tuple[ProcessedLogits, Frames]:
         logits = _apply(work)
     except Exception as err:  # the user's code may raise anything; its own request pays
         logger.warning("a logits processor failed: %s", err, exc_info=True)
-        error = f"a logits processor failed: {type(err).__name__}: {err}"
+        error = f"{type(err).__name__}: {err}"  # the core says where it came from
         return ProcessedLogits(row.req_id, row.index, row.position, None, error), ()
     writer = FrameWriter()
     ref = writer.add(logits.numpy().data, "float32", row.logits.shape)

@@ -76,7 +76,7 @@ def test_an_exception_is_the_requests_error() -> None:
     def fail(output_ids: list[int], logits: Any) -> Any:
         raise KeyError("boom")
 
-    assert run([fail], [1.0]) == "a logits processor failed: KeyError: 'boom'"
+    assert run([fail], [1.0]) == "KeyError: 'boom'"
 
 
 @pytest.mark.parametrize(
