@@ -4,6 +4,7 @@ A stand-in for the runner, with one request after the other in blocks that are d
 order. Builders for checkpoints and configs of the tests live here too.
 """
 
+import itertools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,7 +108,7 @@ class Driver:
                 torch.tensor(tokens), torch.tensor(positions), self.caches, meta
             )
             logits = self.model.compute_logits(hidden)
-        return [logits[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+        return [logits[a:b] for a, b in itertools.pairwise(starts)]
 
     def prefill(self, token_ids: list[int], chunk: int = 10**9) -> Tensor:
         """All prompt logits of a new request, computed in chunks."""

@@ -108,7 +108,7 @@ def attack(paths: list[str], num_inputs: int, seed: int, done: threading.Event) 
         for i in range(num_inputs):
             if i % 50 == 0:  # a fresh identity, since a malformed peer is cut off after 100
                 for socket in sockets:
-                    socket.close(linger=0)
+                    socket.close(linger=2000)
                 sockets = [context.socket(zmq.DEALER) for _ in paths]
                 for socket, path in zip(sockets, paths, strict=True):
                     socket.sndhwm = 100
@@ -120,7 +120,7 @@ def attack(paths: list[str], num_inputs: int, seed: int, done: threading.Event) 
                     time.sleep(0.001)  # the engine is busy: that is its right
     finally:
         for socket in sockets:
-            socket.close(linger=100)
+            socket.close(linger=2000)
         context.term()
         done.set()
 
