@@ -32,10 +32,10 @@ class Envelope:
         request_id = _client_request_id(scope) or secrets.token_hex(16).encode()
         if self._root_path:
             scope["root_path"] = self._root_path
-        shared = scope.setdefault("state", {})
+        notes = scope.setdefault("state", {})
         # Between here and a stream nothing of ours looks at the body: its chunks may skip the
         # wrapped sends in between. The user's own middleware is further out, and sees them.
-        shared["send_body"] = send
+        notes["send_body"] = send
         has_begun = False
 
         async def send_with_headers(message: Message) -> None:
@@ -43,9 +43,9 @@ class Envelope:
             if not has_begun:
                 has_begun = True
                 headers = list(message.get("headers", ()))
-                own_id = shared.get("request_id")
+                own_id = notes.get("request_id")
                 headers.append((b"x-request-id", own_id.encode() if own_id else request_id))
-                if ignored := shared.get("ignored_fields"):
+                if ignored := notes.get("ignored_fields"):
                     headers.append((b"x-ignored-fields", _header_value(ignored)))
                 message["headers"] = headers
             await send(message)

@@ -88,7 +88,7 @@ def make_jobs(
 ) -> list[Job]:
     """One job per prompt, with ids that nobody can guess.
 
-    With several API keys, prefixes are shared among the requests of one key only, so that response
+    With several API keys, only requests of one key use one another's prefixes, so that response
     times tell nobody what others asked.
     """
     check_plain("request_id", body.request_id)
