@@ -191,10 +191,9 @@ def _resolve_dtype(wanted: str, hf_config: dict[str, Any], device: str) -> str:
     config = text_config(hf_config)
     declared = config.get("dtype") or config.get("torch_dtype") or "float32"
     stored = str(declared).removeprefix("torch.")
-    if device == "cpu":
-        dtype = "float32" if stored == "float32" else "bfloat16"
-    else:
-        dtype = "float16" if stored == "float32" else _DTYPE_NAMES.get(stored, "bfloat16")
+    # Half precision on a GPU is kept; everything else is bfloat16, which has float32's range.
+    is_kept = stored == ("float32" if device == "cpu" else "float16")
+    dtype = stored if is_kept else "bfloat16"
     logger.info("--dtype auto: using %s on %s (the checkpoint is %s)", dtype, device, stored)
     return dtype
 
