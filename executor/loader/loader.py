@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from executor.layers.linear import LayerFactory, UnquantizedLinearMethod
 from executor.loader.assign import WeightAssigner, parameter_bytes
@@ -61,7 +62,7 @@ def load_model(
     with torch.device("meta"):
         model_class = registry.resolve(model_config.hf_config)
         model = model_class(shape, LayerFactory(tp, dtype, method))
-    model.to_empty(device=device)
+    _allocate(model, device)
     assigner = WeightAssigner(model, model.checkpoint_names, model.packed_modules)
     if load_config.load_format == "dummy":
         lines = fill_with_dummies(assigner, model_config.seed, device, on_progress)
@@ -74,6 +75,20 @@ def load_model(
             finish(device)
     model.eval().requires_grad_(False)
     return LoadedModel(model, weights_bytes, _digest(model_config.hf_config, lines))
+
+
+def _allocate(model: nn.Module, device: torch.device) -> None:
+    """Give every parameter its memory, with whatever is in it.
+
+    ``Module.to_empty`` would import sympy on its way through the meta device: most of a second.
+    """
+    allocated: dict[nn.Parameter, nn.Parameter] = {}  # a tied parameter stays one
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in allocated:
+                values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                allocated[parameter] = nn.Parameter(values, requires_grad=False)
+            setattr(module, name, allocated[parameter])
 
 
 def _shape_and_dtype(model_config: ModelConfig) -> tuple[ModelShape, torch.dtype]:

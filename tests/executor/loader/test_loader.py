@@ -1,6 +1,8 @@
 """Loading: every form of checkpoint, its faults by name, shards, dummies and digests."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +206,17 @@ def test_a_head_repeated_beside_tied_embeddings_is_ignored(tmp_path: Path) -> No
     tied = load(tmp_path, hf_overrides={"tie_word_embeddings": True}).model
     assert "lm_head.weight" not in dict(tied.named_parameters())
     assert not torch.equal(Driver(tied).prefill(PROMPT), logits_of(tmp_path))
+
+
+def test_loading_imports_no_sympy_for_it_takes_most_of_a_second(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    command = (
+        "import sys; from pathlib import Path; from tests.executor.forward_driver import load;"
+        "load(Path(sys.argv[1])); load(Path(sys.argv[1]), 'dummy');"
+        "sys.exit('sympy' in sys.modules)"
+    )
+    arguments = [sys.executable, "-c", command, str(tmp_path)]
+    subprocess.run(arguments, cwd=Path(__file__).parents[3], check=True)
 
 
 def test_progress_ends_at_the_whole(tmp_path: Path) -> None:
