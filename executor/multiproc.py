@@ -8,7 +8,6 @@ later use of the executor raises the cause.
 import logging
 import secrets
 import time
-from collections import deque
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,6 +15,7 @@ import msgspec
 
 from executor.executor import OnProgress
 from executor.failures import dead_error, start_error
+from executor.step_watch import StepWatch
 from executor.worker_process import WorkerProcess, identity_of
 from ipc import errors
 from ipc.channel import RouterChannel, wait
@@ -39,6 +39,7 @@ from ipc.tensors import Frames
 
 SHUTDOWN_S = 5.0  # for a worker to end by itself
 KILL_S = 10.0  # for the kernel to end it
+_LOOK_S = 1.0  # how often to look whether silent workers are stuck
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +54,10 @@ class MultiprocExecutor:
         self._token = secrets.token_hex(16)  # in the name of every channel of our own workers
         self._workers: list[WorkerProcess] = []
         self._ready: dict[int, WorkerReady] = {}
-        self._outputs: deque[tuple[ModelRunnerOutput, Frames]] = deque()
+        self._steps = StepWatch(
+            config.parallel_config.iteration_timeout_s,
+            counts_processor_time=config.device_config.device == "cpu",
+        )
         self._results: dict[int, dict[int, CallResult]] = {}  # by call and rank
         self._last_call_id = 0
         self._last_words: WorkerError | None = None
@@ -116,47 +120,53 @@ class MultiprocExecutor:
             EngineDeadError: a worker is gone.
         """
         self._send(plan, frames)
+        self._steps.expect()
 
     def receive(self, timeout_s: float | None) -> tuple[ModelRunnerOutput, Frames] | None:
         """The next answer, in step order; None when the time is over.
 
         Raises:
-            EngineDeadError: a worker is gone; carries the cause.
+            EngineDeadError: a worker is gone or stuck; carries the cause.
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             self._drain()
-            if self._outputs:
-                return self._outputs.popleft()
+            if (answer := self._steps.take()) is not None:
+                return answer
             self.check_health()
-            remaining_s = None if deadline is None else deadline - time.monotonic()
-            if remaining_s is not None and remaining_s <= 0:
+            remaining_s = _LOOK_S if deadline is None else deadline - time.monotonic()
+            if remaining_s <= 0:
                 return None
-            wait(self.channels, remaining_s)
+            wait(self.channels, min(remaining_s, _LOOK_S))
 
     def call(self, operation: AnyOperation) -> list[Any]:
         """Run a control operation on every rank; one result per rank.
 
         Raises:
             RequestError: it cannot be done now.
-            EngineDeadError: a worker is gone.
+            EngineDeadError: a worker is gone or stuck.
         """
+        is_quick = isinstance(operation, CheckWorkers)  # the others may move weights for minutes
         self._last_call_id += 1
         call_id = self._last_call_id
         results = self._results[call_id] = {}
         try:
             self._send(Call(call_id, operation))
+            if is_quick:
+                self._steps.expect()
             while len(results) < len(self._workers):
-                wait(self.channels, None)
+                wait(self.channels, _LOOK_S)
                 self._drain()
                 if len(results) < len(self._workers):
                     self.check_health()
+            if is_quick:
+                self._steps.note_answer()
         finally:
             del self._results[call_id]
         return [_value_of(operation, results[rank]) for rank in sorted(results)]
 
     def check_health(self) -> None:
-        """Raise ``EngineDeadError`` when a worker is gone."""
+        """Raise ``EngineDeadError`` when a worker is gone, or has been stuck for too long."""
         if self._dead is not None:
             raise self._dead
         if not self._workers:
@@ -169,6 +179,8 @@ class MultiprocExecutor:
                 cause = f"worker {worker.rank} {worker.describe_exit()}"
                 words = self._last_words
                 self._die(EngineDeadError(cause) if words is None else dead_error(words))
+        if (stuck := self._steps.describe_stuck(self._workers)) is not None:
+            self._die(EngineDeadError(stuck))
 
     def shutdown(self) -> None:
         """Ask the workers to end, then end them. No process is left when it returns."""
@@ -201,7 +213,7 @@ class MultiprocExecutor:
                 continue  # a stranger found the socket: its words are nobody's
             match message:
                 case ModelRunnerOutput():
-                    self._outputs.append((message, frames))
+                    self._steps.keep(message, frames)
                 case CallResult():
                     self._results.get(message.call_id, {})[_rank_of(peer)] = message
                 case LoadProgress():

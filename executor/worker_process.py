@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import IO
 
 import msgspec
@@ -86,6 +87,16 @@ class WorkerProcess:
     def describe_exit(self) -> str:
         """How the child ended, as a clause; it must be gone."""
         return describe_exit(self._process.wait())
+
+    def activity(self) -> tuple[bool, float]:
+        """Whether the child is stopped, and the processor time that it has used, in seconds."""
+        try:
+            text = Path(f"/proc/{self.pid}/stat").read_text()
+        except OSError:  # gone, which its pidfd tells
+            return False, 0.0
+        fields = text.rpartition(")")[2].split()  # behind the name, which may hold anything
+        ticks = int(fields[11]) + int(fields[12])
+        return fields[0] in "Tt", ticks / os.sysconf("SC_CLK_TCK")
 
     def kill(self) -> None:
         """End the child and all it started, now."""

@@ -217,6 +217,9 @@ class EngineArgs:
         None, help="requests that may wait; more are refused; unset: 4 times --max-num-seqs"
     )
     worker_threads: int | None = flag(None, help="CPU device: threads per worker; unset: all cores")
+    engine_iteration_timeout: float = flag(
+        60.0, help="seconds without a step's result after which workers count as stuck; 0: never"
+    )
     executor_class: str | None = flag(None, help="executor of your own, as package.module:Class")
     disable_sliding_window: bool = flag(
         False, help="attend to everything, and limit the length to the model's sliding window"
@@ -329,6 +332,7 @@ class EngineArgs:
             distributed_executor_backend=self.distributed_executor_backend,
             executor_class=self.executor_class,
             worker_threads=self.worker_threads,
+            iteration_timeout_s=float(self.engine_iteration_timeout),
         )
 
     def _load_config(self) -> LoadConfig:

@@ -43,6 +43,7 @@ LORA_EXTRA_VOCAB_SIZES = (0, 256, 512)
 GUIDED_BACKENDS = ("auto", "outlines", "lm-format-enforcer", "xgrammar", "llguidance")
 NGRAM = "[ngram]"
 _MAX_WORKERS = 4096
+_MAX_TIMEOUT_S = 1e6
 _CLASS_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
@@ -224,6 +225,11 @@ def _check_parallel(config: ParallelConfig) -> None:
 
 
 def _check_worker(config: ParallelConfig) -> None:
+    if not 0 <= config.iteration_timeout_s <= _MAX_TIMEOUT_S:
+        raise ConfigError(
+            f"--engine-iteration-timeout must be between 0 and {_MAX_TIMEOUT_S:g} s, "
+            f"got {config.iteration_timeout_s:g}"
+        )
     if config.worker_threads is not None and not 1 <= config.worker_threads <= _MAX_WORKERS:
         raise ConfigError(
             f"--worker-threads must be between 1 and {_MAX_WORKERS}, got {config.worker_threads}"

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import psutil
@@ -118,6 +119,27 @@ def test_a_death_in_the_middle_of_a_step_is_told_at_once() -> None:
 
         assert "was killed by SIGKILL" in str(wait_for_death(executor))
         with pytest.raises(EngineDeadError, match="SIGKILL"):
+            executor.call(CheckWorkers())
+
+
+def test_a_stopped_worker_is_named_and_ended() -> None:
+    config = make_config()
+    parallel = replace(config.parallel_config, iteration_timeout_s=0.3)
+    with started(replace(config, parallel_config=parallel)) as executor:
+        os.kill(executor.pids[0], signal.SIGSTOP)
+        executor.submit(make_plan([0], [1], new_rows=[make_new_row(0, [1])]))
+
+        text = str(wait_for_death(executor, within_s=3.0))
+        assert f"worker 0 (process {executor.pids[0]}) seems stopped" in text
+        assert "--engine-iteration-timeout" in text
+
+
+def test_a_call_that_nobody_answers_does_not_wait_for_ever() -> None:
+    config = make_config()
+    parallel = replace(config.parallel_config, iteration_timeout_s=0.3)
+    with started(replace(config, parallel_config=parallel)) as executor:
+        os.kill(executor.pids[0], signal.SIGSTOP)
+        with pytest.raises(EngineDeadError, match=r"worker 0 .* seems stopped"):
             executor.call(CheckWorkers())
 
 

@@ -221,6 +221,7 @@ def test_the_token_budget_follows_chunking(options: dict[str, Any], budget: int)
         ({"cpu_kv_cache_space": 1e6}, "--cpu-kv-cache-space"),
         ({"max_waiting_requests": -1}, "--max-waiting-requests"),
         ({"worker_threads": 0}, "--worker-threads"),
+        ({"engine_iteration_timeout": -1}, "--engine-iteration-timeout"),
         ({"executor_class": "no colon"}, "--executor-class"),
         ({"executor_class": "no_such_package.module:Class"}, "--executor-class"),
         ({"dtype": "int8"}, "--dtype"),

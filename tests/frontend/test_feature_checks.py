@@ -199,6 +199,8 @@ def test_what_this_version_lacks_is_refused_by_name(parts: dict[str, Any], words
         ({"ray_workers_use_nsight": True}, "--ray-workers-use-nsight needs"),
         ({"max_parallel_loading_workers": 0}, "--max-parallel-loading-workers must be"),
         ({"worker_threads": 10**6}, "--worker-threads must be"),
+        ({"iteration_timeout_s": -1.0}, "--engine-iteration-timeout must be"),
+        ({"iteration_timeout_s": float("nan")}, "--engine-iteration-timeout must be"),
         ({"executor_class": "a.b"}, "--executor-class must be of the form"),
     ],
 )
@@ -216,6 +218,7 @@ def test_parallelism_is_checked_then_refused(options: dict[str, Any], words: str
         {"disable_custom_all_reduce": True},
         {"executor_class": "tests.engine_core.scripted_executor:ScriptedExecutor"},
         {"worker_threads": 2},
+        {"iteration_timeout_s": 0.0},
     ],
 )
 def test_what_one_worker_can_do_is_accepted(options: dict[str, Any]) -> None:
