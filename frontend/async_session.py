@@ -11,9 +11,11 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from frontend.inputs import InputProcessor, NewRequest
+from frontend.liveness import Liveness
 from frontend.logits_processors import RowWork, run_processors
 from frontend.output_processor import OutputProcessor, copy_error
 from frontend.outputs import RequestOutput
@@ -32,6 +34,7 @@ from ipc.messages import (
     EngineFailed,
     EngineOutputs,
     FrontendToCore,
+    GetStats,
     ProcessedLogits,
     Welcome,
 )
@@ -160,6 +163,7 @@ class AsyncSession:
         self._max_open = limits.max_num_seqs + limits.max_waiting_requests
         self._drains: list[tuple[list[str], asyncio.Future[None]]] = []  # req_ids waited for
         self._thread: ThreadPoolExecutor | None = None  # made with the first slow task
+        self._liveness = Liveness(partial(client.call, GetStats()))
         self.dead: EngineDeadError | None = None
         self.inputs = InputProcessor(config.model_config, limits, tokenizer, pool)
         self.outputs = OutputProcessor(tokenizer, log_stats=bool(stat_loggers.loggers))
@@ -212,6 +216,11 @@ class AsyncSession:
         """Run a control operation in the core."""
         self._check_alive()
         return await self._client.call(operation)
+
+    def check_health(self) -> None:
+        """Raise EngineDeadError when the engine is dead, or silent for too long; never wait."""
+        self._check_alive()
+        self._liveness.check()
 
     def log_stats(self) -> None:
         """Make every stat logger say what it has."""

@@ -166,7 +166,7 @@ async def detokenize_tokens(request: Request) -> Response:
 
 @router.get("/health")
 async def health(request: Request) -> Response:
-    """200 while requests are served; 503 when the engine is dead or the server stops."""
+    """200 while the engine lives, however busy; 503 when it is dead or the server stops."""
     state = _state(request)
     try:
         if state.is_draining:
