@@ -5,6 +5,7 @@ interpreter's exit, and, because the supervisor watches this process, with its s
 """
 
 import contextlib
+import logging
 import os
 import select
 import signal
@@ -27,8 +28,9 @@ from ipc.messages import EngineFailed, LoadProgress
 from ipc.processes import child_environment, describe_exit, python_command
 from ipc.status import Listening, StatusReader
 
+logger = logging.getLogger(__name__)
+
 STOP_GRACE_S = 15.0  # the supervisor itself kills a stuck core after 10
-SHOW_PROGRESS_AFTER_S = 5.0  # at once on a terminal
 
 _LENGTH_BYTES = 8
 
@@ -112,7 +114,7 @@ class Launch:
                         self._progress.show(status)
                 case Listening():
                     self.address = status.address
-                    self._close_progress()
+                    self._close_progress(is_ready=True)
                 case EngineFailed():
                     self.failure = status
         if self.address is None and (self.failure is not None or self._status.is_at_end):
@@ -143,9 +145,9 @@ class Launch:
         self._close_progress()
         self._finalizer()
 
-    def _close_progress(self) -> None:
+    def _close_progress(self, *, is_ready: bool = False) -> None:
         if self._progress is not None:
-            self._progress.close()
+            self._progress.close(is_ready=is_ready)
             self._progress = None
 
     def _start_error(self) -> Exception:
@@ -162,17 +164,22 @@ class Launch:
 
 
 class ProgressLine:
-    """One line on stderr for a start that takes long, or at once when stderr is a terminal."""
+    """How a start goes on: a bar on a terminal, else one log line per phase with its seconds."""
 
     def __init__(self) -> None:
-        self._shown_from_s = time.monotonic()
-        if not sys.stderr.isatty():
-            self._shown_from_s += SHOW_PROGRESS_AFTER_S
+        self._is_bar = sys.stderr.isatty()
         self._bar: Any = None  # a tqdm bar, imported when one is shown
+        self._phase = "starting processes"
+        self._phase_began_s = time.monotonic()
 
     def show(self, progress: LoadProgress) -> None:
         """Show the latest state; the first rank stands for all."""
-        if progress.rank != 0 or time.monotonic() < self._shown_from_s:
+        if progress.rank != 0:
+            return
+        if not self._is_bar:
+            if progress.phase != self._phase:
+                self._log_phase()
+                self._phase = progress.phase
             return
         label = f"{progress.phase} ({progress.elapsed_s:.0f} s)"
         if self._bar is None:
@@ -182,10 +189,17 @@ class ProgressLine:
         self._bar.n = progress.done
         self._bar.set_description_str(label)
 
-    def close(self) -> None:
-        """Wipe the line."""
+    def close(self, *, is_ready: bool = False) -> None:
+        """Wipe the bar; log the phase that ended with the engine being ready."""
         if self._bar is not None:
             self._bar.close()
+        elif is_ready and not self._is_bar:
+            self._log_phase()
+
+    def _log_phase(self) -> None:
+        now_s = time.monotonic()
+        logger.info("start: %s took %.1f s", self._phase, now_s - self._phase_began_s)
+        self._phase_began_s = now_s
 
 
 def _make_bar(label: str, progress: LoadProgress) -> Any:

@@ -1,6 +1,7 @@
 """Launching a tree: real causes when it cannot start, and nothing left whoever is killed."""
 
 import gc
+import io
 import os
 import pickle
 import signal
@@ -235,13 +236,37 @@ def test_directories_of_trees_that_were_killed_whole_are_swept_later(
     assert len(sweep_stale_directories(runtime_directory)) == 1
 
 
-def test_progress_is_shown_late_where_nobody_watches(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_terminal_each_phase_is_one_log_line(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "frontend.launcher")
     line = ProgressLine()
-    line.show(LoadProgress(0, "loading weights", 1, 2, 0.1))
+    line.show(LoadProgress(0, "loading weights", 0, 2, 0.1))
+    line.show(LoadProgress(1, "memory", 1, 2, 0.2))  # rank 0 speaks for all
+    line.show(LoadProgress(0, "loading weights", 2, 2, 6.0))
+    line.close(is_ready=True)
     assert capsys.readouterr().err == ""
+    phases = [record.getMessage().rsplit(" took ", 1)[0] for record in caplog.records]
+    assert phases == ["start: starting processes", "start: loading weights"]
 
-    line._shown_from_s = 0.0
-    line.show(LoadProgress(1, "allocating", 1, 2, 6.0))  # rank 0 speaks for all
+
+def test_a_phase_in_which_the_start_failed_is_not_said_to_have_ended(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "frontend.launcher")
+    ProgressLine().close()
+    assert caplog.records == []
+
+
+def test_on_a_terminal_a_bar_is_shown_and_wiped(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    line = ProgressLine()
     line.show(LoadProgress(0, "loading weights", 1, 2, 6.0))
-    line.close()
-    assert "loading weights (6 s)" in capsys.readouterr().err
+    line.close(is_ready=True)
+    assert "loading weights (6 s)" in terminal.getvalue()
+    assert terminal.getvalue().rpartition("\r")[0].endswith(" "), "the bar was wiped"
