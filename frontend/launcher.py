@@ -169,7 +169,7 @@ class ProgressLine:
     def __init__(self) -> None:
         self._is_bar = sys.stderr.isatty()
         self._bar: Any = None  # a tqdm bar, imported when one is shown
-        self._phase = "starting processes"
+        self._phase = "starting"  # processes, and what they import
         self._phase_began_s = time.monotonic()
 
     def show(self, progress: LoadProgress) -> None:
@@ -198,7 +198,7 @@ class ProgressLine:
 
     def _log_phase(self) -> None:
         now_s = time.monotonic()
-        logger.info("start: %s took %.1f s", self._phase, now_s - self._phase_began_s)
+        logger.info("start-up phase %r took %.1f s", self._phase, now_s - self._phase_began_s)
         self._phase_began_s = now_s
 
 

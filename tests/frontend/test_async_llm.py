@@ -272,8 +272,9 @@ def test_control_operations_reach_the_core() -> None:
 
     async def main() -> None:
         llm, client = make_llm(FakeCore(always("x"), results=results))
-        await llm.check_health()
         assert (await llm.get_stats()).num_running == 2
+        await llm.check_health()
+        await asyncio.sleep(0)
         await llm.pause_generation(mode="keep")
         assert await llm.is_paused()
         await llm.resume_generation()
@@ -284,8 +285,8 @@ def test_control_operations_reach_the_core() -> None:
         assert await llm.stop_profile() == ["trace.json"]
         await llm.do_log_stats()
         assert client.core.calls == [
-            GetStats(),  # the question of the health check
             GetStats(),
+            GetStats(),  # the question of the health check
             PauseGeneration("keep"),
             IsPaused(),
             ResumeGeneration(),

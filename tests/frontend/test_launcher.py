@@ -247,7 +247,7 @@ def test_without_a_terminal_each_phase_is_one_log_line(
     line.close(is_ready=True)
     assert capsys.readouterr().err == ""
     phases = [record.getMessage().rsplit(" took ", 1)[0] for record in caplog.records]
-    assert phases == ["start: starting processes", "start: loading weights"]
+    assert phases == ["start-up phase 'starting'", "start-up phase 'loading weights'"]
 
 
 def test_a_phase_in_which_the_start_failed_is_not_said_to_have_ended(
