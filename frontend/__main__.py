@@ -9,10 +9,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from frontend.console import report, set_up_logging
 from frontend.engine_args import AsyncEngineArgs
+from frontend.model_files import choose_model
 from frontend.openai.server import check_certificates, run
 from frontend.openai.server_args import (
-    choose_model,
     listen_options,
     make_parser,
     server_options,
@@ -20,7 +21,7 @@ from frontend.openai.server_args import (
 from frontend.stat_loggers import PrometheusStatLogger
 from frontend.usage_context import UsageContext
 from ipc.curve import load_client_keys
-from ipc.errors import ConfigError, EngineError, ExitCode, RequestError
+from ipc.errors import EngineError
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -70,29 +71,6 @@ def make_engine(args: argparse.Namespace, metrics: "CollectorRegistry") -> "Asyn
         log_requests=not args.disable_log_requests,
         max_log_len=args.max_log_len,
     )
-
-
-def report(error: EngineError) -> int:
-    """Say what went wrong in one line, last on stderr; the exit code that goes with it."""
-    code = getattr(error, "exit_code", None)
-    if code is None:
-        is_config = isinstance(error, (ConfigError, RequestError))
-        code = ExitCode.CONFIG if is_config else ExitCode.START_FAILED
-    logging.getLogger("heliograph").error("%s", " ".join(str(error).split()))
-    return int(code)
-
-
-def set_up_logging(level: str) -> None:
-    """Log lines of this process and its libraries go to stderr."""
-    name = "DEBUG" if level == "trace" else level.upper()
-    logging.basicConfig(
-        level=getattr(logging, name),
-        format="%(levelname)s %(asctime)s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-    )
-    for noisy in ("asyncio", "httpcore", "httpx"):
-        logging.getLogger(noisy).setLevel(max(logging.INFO, getattr(logging, name)))
 
 
 if __name__ == "__main__":

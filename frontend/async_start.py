@@ -1,7 +1,7 @@
 """How an AsyncLLM comes to its engine: by starting one, or by attaching to one that runs.
 
-Outside an event loop starting waits until the engine is ready. Inside a running loop it only
-prepares; the waiting is done by ``connect``, while other tasks run.
+Outside an event loop starting waits until the engine is ready. Inside a running loop the waiting is
+done by ``connect``, while other tasks run.
 """
 
 import asyncio
@@ -110,14 +110,15 @@ def start_engine(options: dict[str, Any]) -> EngineStart:
     sub_configs.pop("usage_context", None)  # a label, of which nothing depends
     config = assemble_config(sub_configs.pop("vllm_config", None), sub_configs)
     config = with_executor_path(config, executor_class)
-    tokenizer = load_engine_tokenizer(config)
-    if is_in_event_loop():
-        launch = None
-        connector: Connector = lambda: AsyncCoreClient.launch(config)  # noqa: E731
-    else:
-        launch = Launch(config)
-        launch.wait_ready()
-        connector = lambda: AsyncCoreClient.attach(launch)  # noqa: E731
+    launch = Launch(config)
+    try:
+        tokenizer = load_engine_tokenizer(config)  # while the engine's processes start
+        if not is_in_event_loop():
+            launch.wait_ready()
+    except BaseException:
+        launch.terminate()
+        raise
+    connector: Connector = lambda: AsyncCoreClient.attach(launch)  # noqa: E731
     return EngineStart(connector, config, stat_loggers, log_stats, launch, tokenizer)
 
 

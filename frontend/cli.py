@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return commands[words[0]](words[1:])
     except EngineError as err:
-        from frontend.__main__ import report
+        from frontend.console import report
 
         return report(err)
     except KeyboardInterrupt:
@@ -52,9 +52,9 @@ def serve(argv: Sequence[str]) -> int:
 
 def complete(argv: Sequence[str]) -> int:
     """Print the completion of one prompt as it is generated."""
+    from frontend.completion import print_completion
     from frontend.engine_args import AsyncEngineArgs
-    from frontend.openai.server_args import choose_model
-    from frontend.terminal import print_completion
+    from frontend.model_files import choose_model
 
     parser = argparse.ArgumentParser(
         prog="heliograph complete", description="Print the completion of a prompt, and exit."
@@ -82,7 +82,7 @@ def complete(argv: Sequence[str]) -> int:
 def chat(argv: Sequence[str]) -> int:
     """Talk to a model in the terminal."""
     from frontend.engine_args import AsyncEngineArgs
-    from frontend.openai.server_args import choose_model
+    from frontend.model_files import choose_model
     from frontend.terminal import EngineChat, UrlChat, talk
 
     parser = argparse.ArgumentParser(
@@ -196,7 +196,7 @@ def _sampling_params(args: argparse.Namespace) -> "SamplingParams":
 
 
 def _set_up_logging() -> None:
-    from frontend.__main__ import set_up_logging
+    from frontend.console import set_up_logging
 
     set_up_logging("warning")
 

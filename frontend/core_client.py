@@ -263,13 +263,7 @@ class AsyncCoreClient:
         Raises:
             ConfigError, EngineStartError: as ``Launch.wait_ready``.
         """
-        launch = Launch(config)
-        try:
-            await _until_ready(launch)
-            return await cls.attach(launch)
-        except BaseException:
-            launch.terminate()
-            raise
+        return await cls.attach(Launch(config))
 
     @classmethod
     async def attach(
@@ -278,12 +272,14 @@ class AsyncCoreClient:
         curve_keys: CurveClientKeys | None = None,
         timeout_s: float = ATTACH_TIMEOUT_S,
     ) -> "AsyncCoreClient":
-        """Connect to an engine that runs.
+        """Connect to an engine that runs, or to one of our own as soon as it is ready.
 
         Raises:
-            EngineStartError: it did not answer in time.
+            ConfigError, EngineStartError: as ``Launch.wait_ready``, or it did not answer in time.
             ProtocolError: it speaks another protocol or schema.
         """
+        if isinstance(engine, Launch):
+            await _until_ready(engine)
         client = cls(engine, curve_keys)
         try:
             await client.connect(timeout_s)
@@ -452,8 +448,13 @@ def _close_async(hooks: LoopHooks, engine: Engine) -> None:
 
 
 async def _until_ready(launch: Launch) -> None:
-    while not launch.update():
-        await until_readable(launch.fileno())
+    """As ``Launch.wait_ready``, while other tasks run."""
+    try:
+        while not launch.update():
+            await until_readable(launch.fileno())
+    except BaseException:
+        launch.terminate()
+        raise
 
 
 def _no_answer(address: str, timeout_s: float) -> EngineStartError:

@@ -4,6 +4,7 @@ A directory is taken as it is. Anything else is a name on the Hugging Face hub: 
 cache, and fetched by ``huggingface_hub`` (imported at that moment) unless that is offline.
 """
 
+import argparse
 import importlib
 import os
 from pathlib import Path
@@ -40,6 +41,21 @@ def bundled_model() -> Path:
             f"the repository, not with the installed package. Name a model"
         )
     return path
+
+
+def choose_model(args: argparse.Namespace) -> None:
+    """Settle ``args.model``: the flag, else the positional, else the demonstration model.
+
+    Raises:
+        ConfigError: two models, or none and no demonstration model.
+    """
+    tag = getattr(args, "model_tag", None)
+    if tag is not None and args.model not in (None, tag):
+        raise ConfigError(f"--model {args.model!r} and MODEL {tag!r} differ")
+    args.model = args.model or tag
+    if args.model is None:
+        args.model = str(bundled_model())
+        args.served_model_name = args.served_model_name or ["tiny", args.model]
 
 
 def find_directory(

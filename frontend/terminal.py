@@ -1,18 +1,18 @@
-"""The terminal's side of a conversation: one completion printed, or a chat until Ctrl-D.
+"""The terminal's side of a conversation: a chat until Ctrl-D.
 
-A chat has a source of answers: a server at a URL, or an engine of its own.
+It has a source of answers: a server at a URL, or an engine of its own.
 """
 
 import asyncio
 import http.client
 import json
-import sys
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, closing
+from contextlib import closing
 from typing import TYPE_CHECKING, Any, Protocol, Self
 from urllib.parse import urlsplit
 
 from frontend.chat_template import load_template, render, template_of_tokenizer
+from frontend.completion import show, text_of
 from ipc.errors import ConfigError, EngineError, EngineGenerateError
 from ipc.sampling_params import SamplingParams
 
@@ -30,25 +30,6 @@ class AnswerSource(Protocol):
         """The answer, piece by piece. Closing the iterator stops it."""
 
 
-async def print_completion(
-    engine_args: "AsyncEngineArgs", prompt: str, params: SamplingParams, *, echo: bool
-) -> None:
-    """Start an engine, print one completion as it comes, and end the engine."""
-    from frontend.async_llm import AsyncLLM
-
-    engine = AsyncLLM.from_engine_args(engine_args)
-    try:
-        await engine.wait_until_ready()
-        if echo:
-            _show(prompt)
-        async with aclosing(engine.generate(prompt, params, "complete")) as outputs:
-            async for output in outputs:
-                _show(_text(output))
-        _show("\n")
-    finally:
-        engine.shutdown()
-
-
 def talk(source: AnswerSource, system: str | None) -> int:
     """Read lines, show answers, until Ctrl-D; the exit code."""
     opening = [{"role": "system", "content": system}] if system else []
@@ -57,14 +38,14 @@ def talk(source: AnswerSource, system: str | None) -> int:
         try:
             line = input("> ").strip()
         except EOFError:
-            _show("\n")
+            show("\n")
             return 0
         except KeyboardInterrupt:
-            _show("\n")
+            show("\n")
             continue
         if line == "/reset":
             messages = list(opening)
-            _show("(forgotten)\n")
+            show("(forgotten)\n")
         elif line:
             messages.append({"role": "user", "content": line})
             text = show_answer(source, messages)
@@ -81,12 +62,12 @@ def show_answer(source: AnswerSource, messages: Conversation) -> str:
         with closing(source.answer(messages)) as answer:  # type: ignore[type-var]
             for piece in answer:
                 pieces.append(piece)
-                _show(piece)
+                show(piece)
     except KeyboardInterrupt:
-        _show(" (stopped)")
+        show(" (stopped)")
     except (EngineError, OSError, http.client.HTTPException) as err:
-        _show(f"(failed: {err})")
-    _show("\n")
+        show(f"(failed: {err})")
+    show("\n")
     return "".join(pieces)
 
 
@@ -127,7 +108,7 @@ class EngineChat:
         outputs = self._engine.generate(inputs, self._params, f"chat-{self._num_answers}")
         try:
             while (output := self._runner.run(_next_output(outputs))) is not None:
-                yield _text(output)
+                yield text_of(output)
         finally:
             self._runner.run(outputs.aclose())
 
@@ -205,14 +186,3 @@ async def _next_output(
     outputs: AsyncGenerator["RequestOutput", None],
 ) -> "RequestOutput | None":
     return await anext(outputs, None)
-
-
-def _text(output: "RequestOutput") -> str:
-    if output.error is not None:
-        raise EngineGenerateError(output.error)
-    return "".join(sequence.text for sequence in output.outputs)
-
-
-def _show(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()

@@ -15,9 +15,11 @@ from typing import IO, Any
 import msgspec
 from prometheus_client import CollectorRegistry
 
-from frontend.__main__ import make_engine, set_up_logging
+from frontend.__main__ import make_engine
+from frontend.console import set_up_logging
+from frontend.model_files import choose_model
 from frontend.openai.api_server import build_app
-from frontend.openai.server_args import choose_model, make_parser, server_options
+from frontend.openai.server_args import make_parser, server_options
 from frontend.openai.state import make_state
 from ipc.errors import ConfigError
 

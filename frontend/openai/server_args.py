@@ -6,9 +6,7 @@ Everything that can be refused without an engine is refused here, before one is 
 import argparse
 import json
 from collections.abc import Mapping
-from pathlib import Path
 
-import frontend
 from frontend.chat_template import load_template
 from frontend.engine_args import AsyncEngineArgs
 from frontend.openai.api_server import CorsOptions
@@ -18,7 +16,6 @@ from frontend.openai.user_middleware import load_middleware
 from ipc.errors import ConfigError
 
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical", "trace")
-BUNDLED_MODEL = Path(frontend.__file__).parents[1] / "scripts" / "demo_models" / "tiny"
 
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
@@ -113,23 +110,6 @@ def make_parser(prog: str) -> argparse.ArgumentParser:
     AsyncEngineArgs.add_cli_args(parser)
     parser.set_defaults(model=None)
     return parser
-
-
-def choose_model(args: argparse.Namespace) -> None:
-    """Settle ``args.model``: the flag, else the positional, else the bundled demonstration model.
-
-    Raises:
-        ConfigError: two models, or none and no bundled one.
-    """
-    tag = getattr(args, "model_tag", None)
-    if tag is not None and args.model not in (None, tag):
-        raise ConfigError(f"--model {args.model!r} and MODEL {tag!r} differ")
-    args.model = args.model or tag
-    if args.model is None:
-        if not (BUNDLED_MODEL / "config.json").is_file():
-            raise ConfigError("--model must be given")
-        args.model = str(BUNDLED_MODEL)
-        args.served_model_name = args.served_model_name or ["tiny", args.model]
 
 
 def server_options(args: argparse.Namespace, environment: Mapping[str, str]) -> ServerOptions:

@@ -8,6 +8,7 @@ import pytest
 
 from frontend import __version__
 from frontend.cli import COMMANDS, main
+from ipc.errors import ExitCode
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,6 +36,19 @@ def test_the_server_starts_without_torch_or_transformers() -> None:
         [sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=False
     )
     assert done.stderr.strip() == ""
+
+
+def test_a_completion_is_begun_without_the_libraries_of_the_server() -> None:
+    command = (
+        "import sys; from frontend.cli import main;"
+        "code = main(['complete', '--prompt', 'x', '--model', '/not/there']);"
+        "heavy = {'torch', 'fastapi', 'pydantic', 'uvicorn', 'jinja2'} & set(sys.modules);"
+        "sys.exit(str(heavy) if heavy or 'frontend.async_llm' not in sys.modules else code)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == ExitCode.CONFIG, done.stderr
 
 
 @pytest.mark.parametrize("words", [[], ["fly"]], ids=["no command", "unknown command"])

@@ -9,7 +9,7 @@ import sys
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from frontend.__main__ import report, set_up_logging
+from frontend.console import report, set_up_logging
 from frontend.openai.server import check_certificates, run
 from frontend.openai.server_args import listen_options, make_parser, server_options
 from frontend.outputs import RequestOutput

@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 
+from frontend.model_files import bundled_model, choose_model
 from frontend.openai.server_args import (
-    BUNDLED_MODEL,
-    choose_model,
     listen_options,
     make_parser,
     server_options,
@@ -103,7 +102,7 @@ def test_the_model_is_the_flag_or_the_positional_or_the_bundled_one() -> None:
         (["m"], "m"),
         (["--model", "m"], "m"),
         (["m", "--model", "m"], "m"),
-        ([], str(BUNDLED_MODEL)),
+        ([], str(bundled_model())),
     ):
         args = parse(*words)
         choose_model(args)

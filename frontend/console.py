@@ -1,0 +1,29 @@
+"""What our commands say on stderr: log lines, and the last one when something is wrong."""
+
+import logging
+import sys
+
+from ipc.errors import ConfigError, EngineError, ExitCode, RequestError
+
+
+def report(error: EngineError) -> int:
+    """Say what went wrong in one line, last on stderr; the exit code that goes with it."""
+    code = getattr(error, "exit_code", None)
+    if code is None:
+        is_config = isinstance(error, (ConfigError, RequestError))
+        code = ExitCode.CONFIG if is_config else ExitCode.START_FAILED
+    logging.getLogger("heliograph").error("%s", " ".join(str(error).split()))
+    return int(code)
+
+
+def set_up_logging(level: str) -> None:
+    """Log lines of this process and its libraries go to stderr."""
+    name = "DEBUG" if level == "trace" else level.upper()
+    logging.basicConfig(
+        level=getattr(logging, name),
+        format="%(levelname)s %(asctime)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
+    for noisy in ("asyncio", "httpcore", "httpx"):
+        logging.getLogger(noisy).setLevel(max(logging.INFO, getattr(logging, name)))
