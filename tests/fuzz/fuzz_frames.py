@@ -5,8 +5,8 @@ language well enough to be dangerous, and mutates real messages as well as sendi
 """
 
 import asyncio
+import multiprocessing
 import random
-import threading
 import time
 from pathlib import Path
 
@@ -56,19 +56,20 @@ async def _fuzz(num_inputs: int, seed: int) -> dict[str, int]:
         paths = sorted(set(listening_paths()) - before)
         assert paths, "found no socket of the engine"
         children = psutil.Process().children(recursive=True)
+        pids = {child.pid for child in children}
         rss_before = sum(child.memory_info().rss for child in children)
-        done = threading.Event()
-        attacker = threading.Thread(target=attack, args=(paths, num_inputs, seed, done))
+        spawn = multiprocessing.get_context("spawn")
+        attacker = spawn.Process(target=attack, args=(paths, num_inputs, seed))
         attacker.start()
         num_rounds = 0
-        while not done.is_set() or num_rounds == 0:
+        while attacker.is_alive() or num_rounds == 0:
             await run_streams(engine, num_rounds)
             num_rounds += 1
         attacker.join()
+        assert attacker.exitcode == 0, "the attacker failed"
         await run_streams(engine, num_rounds)
-        assert {c.pid for c in children} == {
-            c.pid for c in psutil.Process().children(recursive=True)
-        }, "a process of the engine was replaced"
+        now = {child.pid for child in psutil.Process().children(recursive=True)}
+        assert pids <= now, "a process of the engine is gone"
         growth = sum(child.memory_info().rss for child in children) - rss_before
         assert growth <= MAX_RSS_GROWTH_BYTES, f"the engine grew by {growth >> 20} MiB"
     finally:
@@ -98,7 +99,7 @@ def listening_paths() -> list[str]:
     return [f[7] for f in fields if len(f) > 7 and f[3] == "00010000" and f[7].startswith("/")]
 
 
-def attack(paths: list[str], num_inputs: int, seed: int, done: threading.Event) -> None:
+def attack(paths: list[str], num_inputs: int, seed: int) -> None:
     """Send hostile messages to every socket in turn, under changing identities."""
     rng = random.Random(seed)
     samples = real_messages()
@@ -122,7 +123,6 @@ def attack(paths: list[str], num_inputs: int, seed: int, done: threading.Event) 
         for socket in sockets:
             socket.close(linger=2000)
         context.term()
-        done.set()
 
 
 def hostile_parts(rng: random.Random, samples: list[bytes]) -> list[bytes]:
