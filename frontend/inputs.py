@@ -45,6 +45,8 @@ class NewRequest:
     tokenization_kwargs: Mapping[str, Any] | None = None
     trace_headers: Mapping[str, str] | None = None
     data_parallel_rank: int | None = None
+    # The HTTP API refuses a max_tokens that the context has no room for; else it is cut to fit.
+    max_tokens_must_fit: bool = False
 
 
 @dataclass(slots=True)
@@ -145,6 +147,8 @@ class InputProcessor:
             assert prompt.text is not None
             prompt.token_ids = self.tokenize(prompt.text, new.tokenization_kwargs)
         prompt_token_ids = self._check_prompt(prompt.token_ids, params)
+        if new.max_tokens_must_fit:
+            self._check_room(len(prompt_token_ids), params.max_tokens)
         check_params(params, self._model_config.max_logprobs, self._limits.vocab_size)
         processors = resolve_processors(params.logits_processors)
         if params.stop_strings and self.tokenizer is None:
@@ -249,6 +253,16 @@ class InputProcessor:
                 ids,
             )
         return ids
+
+    def _check_room(self, num_prompt_tokens: int, max_tokens: int | None) -> None:
+        """Refuse to promise more tokens than the context has left."""
+        limit = self._limits.max_model_len
+        if max_tokens is not None and num_prompt_tokens + max_tokens > limit:
+            raise RequestError(
+                f"max_tokens must be at most {limit - num_prompt_tokens}: the prompt has "
+                f"{num_prompt_tokens} tokens of the model's context of {limit}, got {max_tokens}",
+                "max_tokens",
+            )
 
     def _wire_params(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
         """The copy that travels: seed drawn, limits filled in, callables left behind."""

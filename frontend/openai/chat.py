@@ -69,13 +69,13 @@ async def make_answer(
     """Check everything that can be checked before the engine sees the request."""
     refuse_unserved(body)
     check_stream_options(body)
-    max_tokens = (
-        body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
-    )
-    state.check_max_tokens("max_tokens", max_tokens)
+    max_tokens, field_names = body.max_tokens, FIELD_NAMES
+    if body.max_completion_tokens is not None:
+        max_tokens = body.max_completion_tokens
+        field_names = FIELD_NAMES | {"max_tokens": "max_completion_tokens"}
     params = sampling_params(body, state.chat_defaults, max_tokens)
     prompt = await chat_prompt(state, body)
-    (job,) = make_jobs(request, body, [prompt], params, FIELD_NAMES)
+    (job,) = make_jobs(request, body, [prompt], params, field_names)
     return ChatAnswer(state, body, job)
 
 

@@ -74,7 +74,6 @@ def make_answer(state: ServerState, request: Request, body: CompletionRequest) -
             param="prompt",
         )
     max_tokens = 16 if body.max_tokens is None else body.max_tokens
-    state.check_max_tokens("max_tokens", max_tokens)
     is_prompt_only = bool(body.echo) and max_tokens == 0
     params = sampling_params(body, COMPLETION_DEFAULTS, 1 if is_prompt_only else max_tokens)
     if body.echo and body.logprobs is not None and params.prompt_logprobs is None:

@@ -118,7 +118,11 @@ async def consume(
     state: ServerState, job: Job, take: Callable[[RequestOutput], Awaitable[None]]
 ) -> None:
     """Give every output of a job to ``take``. Leaving early, for any reason, aborts it."""
-    options: dict[str, Any] = {"priority": job.priority, "cache_salt": job.cache_salt}
+    options: dict[str, Any] = {
+        "priority": job.priority,
+        "cache_salt": job.cache_salt,
+        "max_tokens_must_fit": True,
+    }
     inputs: dict[str, Any] = {"prompt_token_ids": job.prompt}
     if isinstance(job.prompt, str):
         inputs = {"prompt": job.prompt}

@@ -88,19 +88,6 @@ class ServerState:
         if self.engine.errored:
             raise self.engine.dead_error
 
-    def check_max_tokens(self, field_name: str, max_tokens: int | None) -> None:
-        """Refuse to promise more tokens than the context has, prompt not counted.
-
-        Raises:
-            RequestError: names the field and the limit.
-        """
-        limit = self.model_config.resolved_max_model_len
-        if max_tokens is not None and max_tokens > limit:
-            raise RequestError(
-                f"{field_name} is {max_tokens}; the model's context has {limit} tokens",
-                param=field_name,
-            )
-
     def need_tokenizer(self) -> "Tokenizer":
         """The tokenizer.
 

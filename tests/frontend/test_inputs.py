@@ -58,6 +58,30 @@ def test_the_token_limit_fits_the_context(max_tokens: int | None, expected: int)
     assert admit("hi", max_tokens=max_tokens).params.max_tokens == expected
 
 
+@pytest.mark.parametrize(
+    ("params", "expected"),
+    [
+        pytest.param({"max_tokens": None}, 998, id="none: the rest of the context"),
+        pytest.param({"max_tokens": 998}, 998, id="just fits"),
+        pytest.param({"max_tokens": 999, "truncate_prompt_tokens": 1}, 999, id="truncated first"),
+    ],
+)
+def test_a_token_limit_that_must_fit_may_fill_the_context(
+    params: dict[str, Any], expected: int
+) -> None:
+    new = make_request(prompt="hi", **params)
+    new.max_tokens_must_fit = True
+    assert make_inputs().admit(new).message.params.max_tokens == expected
+
+
+def test_a_token_limit_that_must_fit_and_does_not_is_refused_with_the_numbers() -> None:
+    new = make_request(prompt="hi", max_tokens=999)
+    new.max_tokens_must_fit = True
+    with pytest.raises(RequestError, match=r"at most 998: .* 2 tokens .* 1000, got 999") as caught:
+        make_inputs().admit(new)
+    assert caught.value.param == "max_tokens"
+
+
 def test_drawn_seeds_are_the_same_after_every_start_and_differ_between_requests() -> None:
     def draw(engine_seed: int) -> list[int]:
         inputs = make_inputs(seed=engine_seed)

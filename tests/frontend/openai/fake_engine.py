@@ -102,7 +102,10 @@ class FakeEngine:
         self, request_id: str, inputs: dict[str, Any], params: SamplingParams, **options: Any
     ) -> "FakeStream":
         self.calls.append(Call(inputs, params, request_id, options))
-        self._prompt(inputs, options)
+        _, prompt_ids = self._prompt(inputs, options)
+        num_tokens = len(prompt_ids) + (params.max_tokens or 0)
+        if options["max_tokens_must_fit"] and num_tokens > self.max_model_len:
+            raise RequestError(f"max_tokens: {num_tokens} tokens in all", param="max_tokens")
         return FakeStream(self.generate(inputs, params, request_id, **options))
 
     async def generate(

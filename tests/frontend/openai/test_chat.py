@@ -68,6 +68,14 @@ def test_max_completion_tokens_wins_over_max_tokens() -> None:
     assert engine.calls[0].params.max_tokens == 2
 
 
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_a_limit_that_does_not_fit_is_refused_under_the_name_it_came_by(name: str) -> None:
+    _, _, app = make_server()
+    response = chat(app, **{name: 100})
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == name
+
+
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_the_last_message_can_be_continued_and_echoed(stream: bool) -> None:
     engine, _, app = make_server()
