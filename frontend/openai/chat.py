@@ -156,16 +156,19 @@ class ChatAnswer:
         usage_null = asks_final_usage(body)
         indexes = range(body.n or 1)
         formats = [ChunkFormat(head, i, is_chat=True, usage_null=usage_null) for i in indexes]
-        opening = b"".join(role_chunk(head, i, self._role, usage_null=usage_null) for i in indexes)
-        if self._echo:
-            opening += b"".join(chunks.text_chunk(self._echo) for chunks in formats)
         is_plain = not (body.logprobs or body.return_token_ids or asks_continuous_usage(body))
+        has_begun = False
 
         async def take(output: RequestOutput) -> None:
-            nonlocal opening
-            if opening:
-                await write(opening)
-                opening = b""
+            nonlocal has_begun
+            if not has_begun:
+                has_begun = True
+                fields = self._opening_fields(output)
+                opening = [role_chunk(head, i, self._role, fields) for i in indexes]
+                if self._echo:
+                    usage = fields.get("usage")
+                    opening += [chunks.chunk(self._echo, usage=usage) for chunks in formats]
+                await write(b"".join(opening))
             self._usage.take(0, output)
             for sequence in output.outputs:
                 chunks = formats[sequence.index]
@@ -177,6 +180,18 @@ class ChatAnswer:
         await consume(self._state, self._job, take)
         if usage_null:
             await write(usage_chunk(head, self._usage.body()))
+
+    def _opening_fields(self, output: RequestOutput) -> dict[str, Any]:
+        """What the role chunks carry beside their choice."""
+        fields: dict[str, Any] = {}
+        if self._body.return_token_ids:
+            fields["prompt_token_ids"] = output.prompt_token_ids
+        if asks_continuous_usage(self._body):
+            self._usage.take_prompt(0, output)
+            fields["usage"] = self._usage.body()
+        elif asks_final_usage(self._body):
+            fields["usage"] = None
+        return fields
 
     def _rich_chunk(
         self, chunks: ChunkFormat, output: RequestOutput, sequence: CompletionOutput

@@ -180,11 +180,15 @@ class UsageCounter:
 
     def take(self, number: int, output: RequestOutput) -> None:
         """Count an output (or a delta) of prompt ``number``."""
+        self.take_prompt(number, output)
+        for sequence in output.outputs:
+            self._completion += len(sequence.token_ids)
+
+    def take_prompt(self, number: int, output: RequestOutput) -> None:
+        """Count the prompt ``number`` alone."""
         self._prompts[number] = len(output.prompt_token_ids)
         if output.num_cached_tokens is not None:
             self._cached[number] = output.num_cached_tokens
-        for sequence in output.outputs:
-            self._completion += len(sequence.token_ids)
 
     def drop_completion(self) -> None:
         """Forget generated tokens: the client asked for none."""

@@ -74,15 +74,20 @@ def stream_head(response_id: str, kind: str, created: int, model: str) -> bytes:
     return b"data: " + _encode(fields)[:-1] + b',"choices":['
 
 
-def role_chunk(head: bytes, index: int, role: str, *, usage_null: bool) -> bytes:
-    """The first chunk of a chat choice: who speaks, and no text."""
+def role_chunk(head: bytes, index: int, role: str, fields: Mapping[str, Any]) -> bytes:
+    """The first chunk of a chat choice: who speaks, and no text.
+
+    Args:
+        fields: further fields of the chunk, ``usage`` say.
+    """
     choice = {
         "index": index,
         "delta": {"role": role, "content": ""},
         "logprobs": None,
         "finish_reason": None,
     }
-    return head + _encode(choice) + (b'],"usage":null}\n\n' if usage_null else b"]}\n\n")
+    end = b"," + _encode(fields)[1:] if fields else b"}"
+    return head + _encode(choice) + b"]" + end + b"\n\n"
 
 
 def usage_chunk(head: bytes, usage: Mapping[str, Any]) -> bytes:

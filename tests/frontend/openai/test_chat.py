@@ -34,6 +34,29 @@ def test_a_stream_opens_with_a_role_chunk_per_choice() -> None:
     assert all(c["object"] == "chat.completion.chunk" for c in chunks)
 
 
+def test_a_stream_carries_the_usage_so_far_in_every_chunk_when_asked() -> None:
+    _, _, app = make_server()
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    *chunks, last = events(chat(app, stream=True, n=2, max_tokens=2, stream_options=options))
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts[:2] == [0, 0], "the role chunks"
+    assert counts == sorted(counts)
+    assert last["choices"] == []
+    assert last["usage"] == chunks[-1]["usage"]
+    prompts = {chunk["usage"]["prompt_tokens"] for chunk in chunks}
+    assert prompts == {last["usage"]["prompt_tokens"]}
+
+
+def test_a_stream_of_token_ids_begins_with_the_prompts() -> None:
+    _, _, app = make_server()
+    whole = chat(app, return_token_ids=True).json()
+    chunks = events(chat(app, stream=True, return_token_ids=True))
+    assert chunks[0]["prompt_token_ids"] == whole["prompt_token_ids"]
+    assert not any("prompt_token_ids" in chunk for chunk in chunks[1:])
+    streamed = [i for chunk in chunks for i in chunk["choices"][0].get("token_ids", [])]
+    assert streamed == whole["choices"][0]["token_ids"]
+
+
 def test_a_stream_reports_usage_when_asked() -> None:
     _, _, app = make_server()
     chunks = events(chat(app, stream=True, stream_options={"include_usage": True}))

@@ -61,7 +61,7 @@ def test_a_rich_chunk_carries_everything() -> None:
 
 
 def test_role_and_usage_chunks_are_valid() -> None:
-    role = parse(role_chunk(HEAD, 1, "assistant", usage_null=True))
+    role = parse(role_chunk(HEAD, 1, "assistant", {"usage": None}))
     assert role["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert role["usage"] is None
     assert parse(usage_chunk(HEAD, {"total_tokens": 3}))["choices"] == []
