@@ -153,7 +153,7 @@ def _cpu_s(pid: int) -> dict[str, float]:
     seconds: dict[str, float] = {}
     for process in [root, *root.children(recursive=True)]:
         arguments = process.cmdline()
-        name = arguments[2] if len(arguments) > 2 and arguments[1] == "-m" else "other"
+        name = arguments[arguments.index("-m") + 1] if "-m" in arguments else "other"
         times = process.cpu_times()
         seconds[name] = round(seconds.get(name, 0.0) + times.user + times.system, 2)
     return seconds
