@@ -5,6 +5,7 @@ Each function is a method: its first argument is the engine.
 
 from typing import Any, NoReturn, Protocol
 
+from frontend import refusals
 from frontend.async_start import EngineStart
 from frontend.engine_setup import profile_directory
 from frontend.lora_request import LoRARequest
@@ -46,9 +47,6 @@ class Controlled(Protocol):
     def dead_error(self) -> EngineDeadError:
         """Why it is stopped."""
 
-    def log_stats(self) -> None:
-        """Make every stat logger write its line."""
-
     async def call(self, operation: AnyOperation) -> Any:
         """Run a control operation in the core."""
 
@@ -73,7 +71,8 @@ async def check_health(self: Controlled) -> None:
 
 async def do_log_stats(self: Controlled) -> None:
     """Make every stat logger write its line now."""
-    self.log_stats()
+    if self._start.session is not None:
+        self._start.session.log_stats()
 
 
 async def get_tokenizer(self: Controlled, lora_request: LoRARequest | None = None) -> Tokenizer:
@@ -126,8 +125,9 @@ async def is_paused(self: Controlled) -> bool:
     return bool(await self.call(IsPaused()))
 
 
-async def sleep(self: Controlled, level: int = 1) -> None:
+async def sleep(self: Controlled, level: int = 1, mode: str = "abort") -> None:
     """Free device memory: level 1 keeps the weights on the host, level 2 drops them."""
+    refusals.check_sleep_mode(mode)
     await self.call(Sleep(level))
 
 
@@ -143,8 +143,11 @@ async def is_sleeping(self: Controlled) -> bool:
     return bool(await self.call(IsSleeping()))
 
 
-async def reset_prefix_cache(self: Controlled) -> bool:
-    """Forget cached prefixes; False when blocks are still held."""
+async def reset_prefix_cache(
+    self: Controlled, reset_running_requests: bool = False, reset_connector: bool = False
+) -> bool:
+    """Forget cached prefixes; False when blocks are still held. There is no connector to reset."""
+    refusals.check_cache_reset(reset_running_requests=reset_running_requests)
     return bool(await self.call(ResetPrefixCache()))
 
 

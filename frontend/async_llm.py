@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Any, NoReturn
 
 from frontend import async_control as control
+from frontend import refusals
 from frontend.async_session import AsyncSession, OutputStream
 from frontend.async_start import (
     EngineStart,
@@ -284,6 +285,7 @@ class AsyncLLM:
         **options: Any,
     ) -> OutputStream:
         """Admit a request; its stream is an async iterator. Raises as ``generate`` does."""
+        refusals.check_request_options(options)
         new = NewRequest(request_id, inputs, params, arrival_time, lora_request, **options)
         stream = await (await self._ready()).open(new)
         if self.log_requests:
@@ -341,17 +343,18 @@ class AsyncLLM:
     get_stats = control.get_stats
     list_loras = control.list_loras
     remove_lora = control.remove_lora
-    add_lora = control.refuse_lora
-    pin_lora = control.refuse_lora
+    add_lora = pin_lora = control.refuse_lora
     encode = control.refuse_pooling
-    engine_step = control.refuse_stepping
-    run_engine_loop = control.refuse_stepping
+    engine_step = run_engine_loop = control.refuse_stepping
     collective_rpc = control.refuse_code
-
-    def log_stats(self) -> None:
-        """Make every stat logger write its line now."""
-        if self._start.session is not None:
-            self._start.session.log_stats()
+    apply_model = refusals.refuse_apply_model
+    init_weight_transfer_engine = start_weight_update = update_weights = refusals.refuse_weights
+    finish_weight_update = get_weight_version = update_weight_version = refusals.refuse_weights
+    scale_elastic_ep = refusals.refuse_scaling
+    checkpoint_prepare = checkpoint_restore = refusals.refuse_checkpoints
+    handle_fault = get_status = refusals.refuse_faults
+    is_tracing_enabled = refusals.is_tracing_enabled
+    reset_mm_cache = reset_encoder_cache = refusals.reset_empty_cache
 
     async def call(self, operation: AnyOperation) -> Any:
         """Run a control operation in the core. Raises EngineError when it fails."""

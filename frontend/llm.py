@@ -224,13 +224,19 @@ class LLM:
         """Tokenise and detokenise from now on with another tokenizer, ours or Hugging Face's."""
         self.llm_engine.set_tokenizer(tokenizer)
 
-    def reset_prefix_cache(self) -> bool:
-        """Forget cached prefixes; False when blocks are still held."""
-        return self.llm_engine.reset_prefix_cache()
+    def reset_prefix_cache(
+        self, reset_running_requests: bool = False, reset_connector: bool = False
+    ) -> bool:
+        """Forget cached prefixes; False when blocks are still held. There is no connector."""
+        return self.llm_engine.reset_prefix_cache(reset_running_requests, reset_connector)
 
-    def sleep(self, level: int = 1) -> None:
+    def reset_mm_cache(self) -> bool:
+        """True at once: images, which this cache would hold, are not served."""
+        return self.llm_engine.reset_mm_cache()
+
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
         """Free device memory: level 1 keeps the weights on the host, level 2 drops them."""
-        self.llm_engine.sleep(level)
+        self.llm_engine.sleep(level, mode)
 
     def wake_up(self, tags: list[str] | None = None) -> None:
         """Undo ``sleep``."""

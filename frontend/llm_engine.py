@@ -4,6 +4,7 @@ The core runs in the caller's process, or with ``multiprocess_mode`` as a proces
 nothing else differs. All names and arguments are the public contract of 2024 and its successors.
 """
 
+import time
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
@@ -24,6 +25,7 @@ from frontend.lora_request import LoRARequest
 from frontend.outputs import RequestOutput
 from frontend.pooling_params import PoolingParams
 from frontend.prompts import Prompt, parse_prompt
+from frontend.refusals import check_cache_reset, check_sleep_mode
 from frontend.stat_loggers import StatLoggerFactory
 from frontend.tokenizer import Tokenizer, as_tokenizer
 from frontend.usage_context import UsageContext
@@ -41,6 +43,8 @@ from ipc.messages import (
     WakeUp,
 )
 from ipc.sampling_params import SamplingParams
+
+LOG_INTERVAL_S = 10.0  # of do_log_stats_with_interval
 
 
 class LLMEngine:
@@ -82,6 +86,7 @@ class LLMEngine:
         self.vllm_config = config
         self.usage_context = usage_context
         self.log_stats = log_stats
+        self._next_log_s = 0.0
         self.tokenizer: Tokenizer | None = load_engine_tokenizer(config)
         loggers = make_stat_loggers(config, stat_loggers, log_stats=log_stats)
         client = core_client or _connect(config, executor_class, multiprocess_mode)
@@ -204,6 +209,14 @@ class LLMEngine:
         """What this engine can do with its model."""
         return ("generate",)
 
+    @classmethod
+    def validate_outputs(cls, outputs: Sequence[object], output_type: type[Any]) -> list[Any]:
+        """The outputs as a list; TypeError when one is of another type."""
+        for output in outputs:
+            if not isinstance(output, output_type):
+                raise TypeError(f"expected {output_type.__name__}, got {type(output).__name__}")
+        return list(outputs)
+
     def get_tokenizer(self, lora_request: LoRARequest | None = None) -> Tokenizer:
         """The tokenizer; one for all adapters. ValueError with ``skip_tokenizer_init``."""
         if self.tokenizer is None:
@@ -257,12 +270,31 @@ class LLMEngine:
         """Return when every worker gives a sign of life; raise EngineDeadError otherwise."""
         self._session.call(CheckWorkers())
 
-    def reset_prefix_cache(self) -> bool:
-        """Forget cached prefixes; False when blocks are still held."""
+    def do_log_stats_with_interval(self) -> None:
+        """Make every stat logger write its line, unless that was done less than 10 s ago."""
+        now_s = time.monotonic()
+        if now_s >= self._next_log_s:
+            self._next_log_s = now_s + LOG_INTERVAL_S
+            self.do_log_stats()
+
+    def reset_prefix_cache(
+        self, reset_running_requests: bool = False, reset_connector: bool = False
+    ) -> bool:
+        """Forget cached prefixes; False when blocks are still held. There is no connector."""
+        check_cache_reset(reset_running_requests=reset_running_requests)
         return bool(self._session.call(ResetPrefixCache()))
 
-    def sleep(self, level: int = 1) -> None:
+    def reset_mm_cache(self) -> bool:
+        """True at once: images, which this cache would hold, are not served."""
+        return True
+
+    def reset_encoder_cache(self) -> bool:
+        """True at once: encoder outputs, which this cache would hold, do not exist."""
+        return True
+
+    def sleep(self, level: int = 1, mode: str = "abort") -> None:
         """Free device memory: level 1 keeps the weights on the host, level 2 drops them."""
+        check_sleep_mode(mode)
         self._session.call(Sleep(level))
 
     def wake_up(self, tags: list[str] | None = None) -> None:

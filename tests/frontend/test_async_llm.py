@@ -354,6 +354,22 @@ def test_what_this_version_lacks_is_refused_with_a_sentence() -> None:
             lambda: llm.pin_lora(1),
             lambda: llm.collective_rpc("f"),
             lambda: llm.wake_up(["weights"]),
+            llm.apply_model,
+            lambda: llm.sleep(1, mode="wait"),
+            lambda: llm.reset_prefix_cache(reset_running_requests=True),
+            llm.init_weight_transfer_engine,
+            llm.start_weight_update,
+            llm.update_weights,
+            llm.finish_weight_update,
+            llm.update_weight_version,
+            llm.get_weight_version,
+            llm.scale_elastic_ep,
+            llm.checkpoint_prepare,
+            llm.checkpoint_restore,
+            llm.handle_fault,
+            llm.get_status,
+            lambda: say(llm, session_id="s"),
+            lambda: say(llm, reasoning_ended=True),
             lambda: anext(llm.generate(chunks(), SamplingParams(), "a")),  # type: ignore[arg-type]
             lambda: say(llm, lora_request=adapter),
         ]
@@ -366,6 +382,9 @@ def test_what_this_version_lacks_is_refused_with_a_sentence() -> None:
             await llm.engine_step()
         assert await llm.list_loras() == set()
         assert await llm.remove_lora(1) is False
+        assert await llm.is_tracing_enabled() is False
+        assert await llm.reset_mm_cache() is True
+        assert await llm.reset_encoder_cache() is True
 
     run(main)
 

@@ -241,6 +241,7 @@ def test_what_this_version_lacks_is_refused_with_a_sentence() -> None:
     for use in (llm.encode, llm.embed, llm.score, llm.beam_search, llm.collective_rpc):
         with pytest.raises(UnsupportedError, match="not available"):
             use("x")
+    assert llm.reset_mm_cache() is True
     with pytest.raises(UnsupportedError, match="images"):
         llm.generate("a", multi_modal_data={"image": 1})
 

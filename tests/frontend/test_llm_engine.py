@@ -175,12 +175,41 @@ def test_what_this_version_lacks_is_refused_with_a_sentence() -> None:
         lambda: engine.collective_rpc("f"),
         lambda: engine.apply_model(print),
         lambda: engine.wake_up(["weights"]),
+        lambda: engine.sleep(mode="keep"),
+        lambda: engine.reset_prefix_cache(reset_running_requests=True),
     ]
     for use in refused:
         with pytest.raises(UnsupportedError, match="not available"):
             use()
     assert engine.list_loras() == set()
     assert engine.remove_lora(1) is False
+    assert engine.reset_mm_cache() is True
+    assert engine.reset_encoder_cache() is True
+
+
+def test_lines_of_statistics_asked_for_often_are_written_seldom() -> None:
+    lines: list[str] = []
+
+    class Logger:
+        def record(self, stats: object, iteration: IterationStats) -> None:
+            pass
+
+        def log(self) -> None:
+            lines.append("line")
+
+        def close(self) -> None:
+            pass
+
+    engine = make_engine(stat_loggers=[lambda config, index: Logger()])
+    engine.do_log_stats_with_interval()
+    engine.do_log_stats_with_interval()
+    assert lines == ["line"]
+
+
+def test_outputs_of_another_type_are_found() -> None:
+    assert LLMEngine.validate_outputs(["a"], str) == ["a"]
+    with pytest.raises(TypeError, match="expected RequestOutput, got str"):
+        LLMEngine.validate_outputs(["a"], RequestOutput)
 
 
 def test_an_engine_cannot_be_pickled() -> None:
