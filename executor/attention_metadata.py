@@ -5,10 +5,12 @@ Records only. The input batch makes one ``AttentionMetadata`` per step; the KV c
 Shapes: T packed tokens, B requests, M blocks per request, K key/value heads here, D head size.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor
+
+from kernels.attention_step import StepMemo
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,7 @@ class AttentionMetadata:
     seq_lens: Tensor  # [B] int32: total length after this step
     max_query_len: int
     max_seq_len: int
+    memo: StepMemo = field(default_factory=StepMemo)  # what the layers share
 
 
 class LayerKVCache(NamedTuple):

@@ -1,6 +1,7 @@
 """What one call of paged attention is about: where the tokens are, and what a score becomes."""
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -21,3 +22,13 @@ class Options(NamedTuple):
     scale: float
     sliding_window: int | None
     soft_cap: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepMemo:
+    """What the layers of one step share: the first to need it works it out, the others find it.
+
+    Make a new one for each step. What is in it is the kernels' own affair.
+    """
+
+    entries: dict[Any, Any] = field(default_factory=dict)

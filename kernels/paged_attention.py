@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from kernels.attention_step import Options, Step
+from kernels.attention_step import Options, Step, StepMemo
 from kernels.paged_attention_cpu import paged_attention_cpu
 
 
@@ -34,6 +34,7 @@ def paged_attention(
     scale: float,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
+    memo: StepMemo | None = None,
 ) -> Tensor:
     """Return [T, N, D], contiguous and in q's dtype.
 
@@ -49,6 +50,7 @@ def paged_attention(
         seq_lens: [B] int32, keys of each request, this step's tokens included.
         max_query_len, max_seq_len: upper bounds known to the host, so that a GPU launch needs
             no value from the device. ``max_query_len == 1`` picks the decode kernel.
+        memo: one for all layers of a step, which spares a CPU most of its bookkeeping.
 
     Raises:
         ValueError: a shape, layout, dtype or device that the kernel cannot take.
@@ -67,7 +69,7 @@ def paged_attention(
     options = Options(scale, sliding_window, soft_cap)
     step = Step(block_table, query_start_loc, seq_lens, max_query_len, max_seq_len)
     if not q.is_cuda:
-        return paged_attention_cpu(q, key_cache, value_cache, step, options)
+        return paged_attention_cpu(q, key_cache, value_cache, step, options, memo)
     if max_query_len <= 1:
         return paged_decode_triton(q, key_cache, value_cache, step, options)
     return paged_attention_triton(q, key_cache, value_cache, step, options)

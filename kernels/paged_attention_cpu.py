@@ -1,100 +1,166 @@
 """The CPU path of ``paged_attention``, which holds the definition that this is tested against.
 
-Each request attends alone, over exactly the keys that it sees: nothing is padded or masked that
-need not be, so a result does not depend on batch mates, and whatever an earlier owner left in a
-block cannot spread. What is shared between decoding requests is the bookkeeping: their keys are
-gathered many at a time, as many as stay in a core's cache until they are used.
+A request attends to exactly the keys that it sees. Where one query is left, the keys are padded to
+a width that depends on their number alone, so that requests of the same width share a call, and a
+result still does not depend on batch mates. The padding repeats a key of the request itself, with
+no weight, so whatever an earlier owner left in a block cannot spread. What all layers of a step
+need to know is worked out once.
 """
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
-from kernels.attention_step import Options, Step
+from kernels.attention_step import Options, Step, StepMemo
 
-_GATHER_BYTES = 1 << 18  # of keys, and as much of values: half of a typical second-level cache
+# Of keys, and as much of values, gathered at a time: so they are still in a core's cache when used.
+_GATHER_BYTES = 1 << 20
 
 _Caches = tuple[Tensor, Tensor]
+_Ints = NDArray[np.int64]
+
+
+class _Run(NamedTuple):
+    """Decoding requests that attend in one call, their keys padded to the same width."""
+
+    slots: Tensor  # [R * width] int64: places in the cache
+    mask: Tensor  # [R, 1, 1, width] in the queries' dtype: 0, or -inf for padding
+
+
+class _Prefill(NamedTuple):
+    """A request with several queries."""
+
+    request: int
+    rows: slice
+    seq_len: int
+
+
+class _Plan(NamedTuple):
+    """How a step's requests attend, the same in all layers of one window."""
+
+    runs: list[_Run]
+    rows: Tensor | None  # [R]: the queries of all runs; None where they are all, in order
+    prefills: list[_Prefill]
 
 
 def paged_attention_cpu(
-    q: Tensor, key_cache: Tensor, value_cache: Tensor, step: Step, options: Options
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    step: Step,
+    options: Options,
+    memo: StepMemo | None = None,
 ) -> Tensor:
     """Return [T, N, D]; rows of no request are zeros."""
     caches = (key_cache, value_cache)
-    starts, lens = step.query_start_loc.tolist(), step.seq_lens.tolist()
-    if step.max_query_len == 1 and 0 < starts[-1] == len(lens) == len(q) and 0 not in lens:
-        return _decode(q, caches, step.block_table, lens, options)
+    plan = _plan_of(q, key_cache, step, options.sliding_window, memo)
+    if plan.runs and plan.rows is None:
+        return _decode(q, caches, plan.runs, options)
     out = torch.zeros(q.shape, dtype=q.dtype)
-    decoding = []
-    for b, seq_len in enumerate(lens):
-        row, end = starts[b], starts[b + 1]
-        if end == row or seq_len == 0:
-            continue
-        if end == row + 1:
-            decoding.append(b)
-        else:
-            out[row:end] = _prefill(q[row:end], caches, step.block_table[b], seq_len, options)
-    if decoding:
-        requests = torch.tensor(decoding)
-        rows = step.query_start_loc.index_select(0, requests)
-        block_table = step.block_table.index_select(0, requests)
-        decode_lens = [lens[b] for b in decoding]
-        out[rows] = _decode(q.index_select(0, rows), caches, block_table, decode_lens, options)
+    for request, rows, seq_len in plan.prefills:
+        out[rows] = _prefill(q[rows], caches, step.block_table[request], seq_len, options)
+    if plan.rows is not None:
+        decoded = _decode(q.index_select(0, plan.rows), caches, plan.runs, options)
+        out.index_copy_(0, plan.rows, decoded)
     return out
 
 
-def _decode(
-    q: Tensor, caches: _Caches, block_table: Tensor, lens: list[int], options: Options
-) -> Tensor:
-    """Attend one query of each request: q and the result are [R, N, D], ``lens`` has no 0."""
-    block_size, K, D = caches[0].shape[1:]
-    window = options.sliding_window
-    firsts = [0] * len(lens) if window is None else [max(0, n - window) for n in lens]
-    # Each request's blocks from that of its first key to that of its last.
-    spans = [(f // block_size, -(-n // block_size)) for f, n in zip(firsts, lens, strict=True)]
-    block_ids = _pick_blocks(block_table, spans)
-    max_blocks = max(1, _GATHER_BYTES // (block_size * K * D * q.element_size()))
-    queries = q.view(len(lens), 1, K, -1, D).unbind(0)
-    outs: list[Tensor] = []
-    num_gathered = 0
-    for start, end in _gathers(spans, max_blocks):
-        sizes: list[int] = []  # of the pieces that a gather falls into: skipped, seen, unused
-        for r in range(start, end):
-            skipped = firsts[r] - spans[r][0] * block_size
-            sizes += (skipped, lens[r] - firsts[r], spans[r][1] * block_size - lens[r])
-        num_blocks = sum(sizes) // block_size
-        ids = block_ids.narrow(0, num_gathered, num_blocks)
-        num_gathered += num_blocks
-        keys, values = (
-            cache.index_select(0, ids).view(1, -1, K, D).transpose(1, 2).split_with_sizes(sizes, 2)
-            for cache in caches
-        )
-        for i, r in enumerate(range(start, end)):
-            k, v = keys[3 * i + 1], values[3 * i + 1]  # [1, K, seen, D]
-            outs.append(_weigh(queries[r], k, v, None, is_causal=False, options=options))
+def _plan_of(
+    q: Tensor, key_cache: Tensor, step: Step, window: int | None, memo: StepMemo | None
+) -> _Plan:
+    """The plan that another layer of the step made, or a new one."""
+    block_size, K, D = key_cache.shape[1:]
+    max_keys = max(1, _GATHER_BYTES // (K * D * q.element_size()))
+    if memo is None:
+        return _make_plan(q, step, window, block_size, max_keys)
+    key = (window, block_size, max_keys)
+    plan = memo.entries.get(key)
+    if plan is None:
+        plan = memo.entries[key] = _make_plan(q, step, window, block_size, max_keys)
+    return plan
+
+
+def _make_plan(q: Tensor, step: Step, window: int | None, block_size: int, max_keys: int) -> _Plan:
+    starts, lens = step.query_start_loc.numpy().astype(np.int64), step.seq_lens.numpy()
+    num_queries = np.where(lens > 0, np.diff(starts), 0)
+    prefills = [
+        _Prefill(b, slice(int(starts[b]), int(starts[b + 1])), int(lens[b]))
+        for b in np.flatnonzero(num_queries > 1).tolist()
+    ]
+    decoding = np.flatnonzero(num_queries == 1)
+    if not decoding.size:
+        return _Plan([], None, prefills)
+    seen = lens[decoding].astype(np.int64)
+    firsts = np.zeros_like(seen) if window is None else np.maximum(seen - window, 0)
+    seen -= firsts
+    widths = _pad_widths(seen)
+    order = np.argsort(widths, kind="stable")
+    decoding, firsts, seen, widths = decoding[order], firsts[order], seen[order], widths[order]
+    block_table = step.block_table.numpy()
+    runs = []
+    for start, end in _cut_runs(widths, max_keys):
+        few, requests = slice(start, end), decoding[start:end, None]
+        places = np.arange(widths[start])
+        positions = firsts[few, None] + np.minimum(places, seen[few, None] - 1)
+        slots = block_table[requests, positions // block_size] * np.int64(block_size)
+        slots += positions % block_size
+        mask = np.where(places < seen[few, None], np.float32(0), np.float32(-np.inf))
+        mask_in_dtype = torch.from_numpy(mask)[:, None, None].to(q.dtype)
+        runs.append(_Run(torch.from_numpy(slots.reshape(-1)), mask_in_dtype))
+    rows = starts[decoding]
+    in_order = rows.size == q.shape[0] and bool((rows == np.arange(rows.size)).all())
+    return _Plan(runs, None if in_order else torch.from_numpy(rows), prefills)
+
+
+def _pad_widths(seen: _Ints) -> _Ints:
+    """Few widths, so that many requests share one, and at most an eighth more from 512 keys on."""
+    unit = np.where(seen <= 512, 64, np.where(seen <= 1024, 128, 256))
+    return -(-seen // unit) * unit
+
+
+def _cut_runs(widths: _Ints, max_keys: int) -> Iterator[tuple[int, int]]:
+    """Cut sorted widths into runs [start, end) of one width and at most ``max_keys`` in all."""
+    for width in np.unique(widths).tolist():
+        first, last = np.searchsorted(widths, (width, width + 1)).tolist()
+        count = max(1, max_keys // width)
+        for start in range(first, last, count):
+            yield start, min(start + count, last)
+
+
+def _decode(q: Tensor, caches: _Caches, runs: list[_Run], options: Options) -> Tensor:
+    """Attend one query of each request, in the order of the runs: q and the result are [R, N, D].
+
+    The query heads of one key head stand as so many queries: the fused kernel is slow with one.
+    """
+    K, D = caches[0].shape[2:]
+    queries = q.view(q.shape[0], K, -1, D)
+    keys, values = (cache.view(-1, K, D) for cache in caches)
+    outs = []
+    start = 0
+    for slots, mask in runs:
+        count, width = mask.shape[0], mask.shape[-1]
+        k = keys.index_select(0, slots).view(count, width, K, D).transpose(1, 2)
+        v = values.index_select(0, slots).view(count, width, K, D).transpose(1, 2)
+        outs.append(_weigh_run(queries[start : start + count], k, v, mask, options))
+        start += count
     return (torch.cat(outs) if len(outs) > 1 else outs[0]).view(q.shape)
 
 
-def _pick_blocks(block_table: Tensor, spans: list[tuple[int, int]]) -> Tensor:
-    """The block ids of all spans, one request after the other."""
-    if len(spans) == 1:
-        return block_table[0, spans[0][0] : spans[0][1]]
-    bounds = torch.tensor(spans)
-    places = torch.arange(max(end for _, end in spans))
-    wanted = (places >= bounds[:, :1]).logical_and_(places < bounds[:, 1:])
-    return block_table[:, : len(places)].masked_select(wanted)
-
-
-def _gathers(spans: list[tuple[int, int]], max_blocks: int) -> list[tuple[int, int]]:
-    """Cut the requests into runs [start, end) of at most ``max_blocks``, or of one request."""
-    cuts, held = [0], 0
-    for r, (first, end) in enumerate(spans):
-        if held and held + end - first > max_blocks:
-            cuts.append(r)
-            held = 0
-        held += end - first
-    return list(zip(cuts, [*cuts[1:], len(spans)], strict=True))
+def _weigh_run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, options: Options) -> Tensor:
+    """Attention of q [R, K, G, D] to k and v [R, K, width, D]."""
+    if options.soft_cap is None:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=options.scale)
+    seen = mask == 0
+    outs = [  # products of a batch may round by its size, so each request has its own
+        _weigh(q[i : i + 1], k[i : i + 1], v[i : i + 1], seen[i], is_causal=False, options=options)
+        for i in range(q.shape[0])
+    ]
+    return torch.cat(outs)
 
 
 def _prefill(

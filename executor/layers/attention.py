@@ -57,6 +57,7 @@ class PagedAttention(nn.Module):
             scale=self.scale,
             sliding_window=self.sliding_window,
             soft_cap=self.soft_cap,
+            memo=meta.memo,
         )
         return out.flatten(1)
 

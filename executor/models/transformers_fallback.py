@@ -258,6 +258,7 @@ def _paged_attention(
         scale=head_dim**-0.5 if scaling is None else scaling,
         sliding_window=window,
         soft_cap=options.get("softcap"),
+        memo=meta.memo,
     )
     return out[None, ..., :value_dim], None
 
