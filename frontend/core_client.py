@@ -34,8 +34,6 @@ from ipc.messages import (
 )
 from ipc.tensors import Frames
 
-ATTACH_TIMEOUT_S = 60.0
-
 _TICK_S = 1.0
 _SLOW_TICK_S = 10.0  # where nothing but messages that could not leave needs a look
 _HANDSHAKE_TICK_S = 0.05  # a connection that comes about does not always wake us
@@ -125,14 +123,14 @@ class ProcessCoreClient:
         self,
         engine: Launch | str,
         curve_keys: CurveClientKeys | None = None,
-        timeout_s: float = ATTACH_TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> None:
         self._engine = Engine(engine, curve_keys)
         self._finalizer = weakref.finalize(self, self._engine.close)
         self._received: deque[Received] = deque()
         self._dead: EngineDeadError | None = None
         try:
-            self.welcome = self._shake_hands(timeout_s)
+            self.welcome = self._shake_hands(timeout_s or self._engine.welcome_limit_s)
         except BaseException:
             self.close()
             raise
@@ -270,7 +268,7 @@ class AsyncCoreClient:
         cls,
         engine: Launch | str,
         curve_keys: CurveClientKeys | None = None,
-        timeout_s: float = ATTACH_TIMEOUT_S,
+        timeout_s: float | None = None,
     ) -> "AsyncCoreClient":
         """Connect to an engine that runs, or to one of our own as soon as it is ready.
 
@@ -295,9 +293,10 @@ class AsyncCoreClient:
         assert welcome is not None, "not connected yet"
         return welcome
 
-    async def connect(self, timeout_s: float = ATTACH_TIMEOUT_S) -> None:
+    async def connect(self, timeout_s: float | None = None) -> None:
         """Begin to listen in the running loop, and wait for the core's welcome."""
         self._listen()
+        timeout_s = timeout_s or self._engine.welcome_limit_s
         try:
             await asyncio.wait_for(self._welcomed.wait(), timeout_s)
         except TimeoutError:

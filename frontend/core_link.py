@@ -44,6 +44,8 @@ from ipc.tensors import Frames
 
 PING_EVERY_S = 1.0
 SILENCE_LIMIT_S = 5.0  # a core whose process cannot be watched is dead after this
+WELCOME_LIMIT_S = 60.0  # for a core that runs, but may be busy
+NOBODY_LIMIT_S = 5.0  # for an address where perhaps nobody listens
 MAX_UNSENT = 10_000  # messages that wait here because the core takes none
 
 _GOODBYE_S = 0.2  # for the last message to leave
@@ -197,6 +199,11 @@ class Engine:
         except BaseException:
             self._let_go()
             raise
+
+    @property
+    def welcome_limit_s(self) -> float:
+        """How long to wait for the core's welcome."""
+        return NOBODY_LIMIT_S if self.pidfd is None else WELCOME_LIMIT_S
 
     def describe_end(self) -> EngineDeadError:
         """The error for an engine whose process has ended."""

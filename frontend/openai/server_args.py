@@ -23,20 +23,26 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("server")
     add = group.add_argument
     add("--host", help="address to listen on; unset: all")
-    add("--port", type=int, default=8000, help="port to listen on, taken before the model loads")
+    add(
+        "--port",
+        type=int,
+        default=8000,
+        help="port to listen on, taken before the model loads; default %(default)s",
+    )
     add("--uds", metavar="PATH", help="listen on a Unix socket instead of a port")
     add(
         "--uvicorn-log-level",
         choices=LOG_LEVELS,
         default="info",
-        help="least severe log lines that are written",
+        help="least severe log lines that are written; default %(default)s",
     )
     add("--disable-access-log", action="store_true", help="write no line per HTTP request")
     add(
         "--api-key",
         action="append",
         metavar="KEY",
-        help="key that requests must bear; may be given several times",
+        help="key that requests must bear; may be given several times; the environment variable "
+        "VLLM_API_KEY gives one too",
     )
     add("--lora-modules", nargs="+", metavar="NAME=PATH", help="adapters (not in this version)")
     add("--chat-template", metavar="TEMPLATE", help="Jinja file, or the template itself")
@@ -45,7 +51,11 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let requests bring chat templates; each renders in a process of its own",
     )
-    add("--response-role", default="assistant", help="role of generated messages")
+    add(
+        "--response-role",
+        default="assistant",
+        help="role of generated messages; default %(default)s",
+    )
     add("--root-path", default="", help="path prefix behind a proxy")
     add(
         "--middleware",
@@ -67,10 +77,15 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         type=_seconds,
         default=30.0,
         metavar="SECONDS",
-        help="how long open requests may go on after a signal to stop",
+        help="how long open requests may go on after a signal to stop; default %(default)s",
     )
-    add("--attach", metavar="ADDRESS", help="use the running engine at this address")
-    add("--attach-keys", metavar="DIR", help="key directory for a tcp:// engine")
+    add(
+        "--attach",
+        metavar="ADDRESS",
+        help="use the engine that runs at this ipc:// or tcp:// address (python -m engine_core) "
+        "instead of starting one; the engine flags are then its own",
+    )
+    add("--attach-keys", metavar="DIR", help="directory of heliograph keys, for a tcp:// engine")
     _add_cors_flags(parser)
     _add_ssl_flags(parser)
 

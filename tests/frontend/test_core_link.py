@@ -1,12 +1,13 @@
 """The connection below the clients: credits, pings, messages that wait, results of calls."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from frontend import core_link
-from frontend.core_link import CoreLink, read_result
+from frontend.core_link import CoreLink, Engine, read_result
 from ipc.channel import RouterChannel, wait
 from ipc.errors import (
     EngineDeadError,
@@ -214,3 +215,16 @@ def test_errors_have_the_class_that_the_core_named_if_it_is_one_of_ours(
         read_result(IsPaused(), CallResult(1, None, "why", kind))
     assert type(caught.value) is expected
     assert str(caught.value) == "why"
+
+
+def test_an_address_where_nobody_seems_to_listen_is_waited_for_only_shortly(tmp_path: Path) -> None:
+    engine = Engine(f"ipc://{tmp_path}/nobody", None)
+    assert engine.welcome_limit_s == 5.0
+    engine.close()
+
+
+def test_an_engine_that_is_known_to_run_may_be_busy() -> None:
+    with Rig() as rig:
+        engine = Engine(rig.link.address, None)
+        assert engine.welcome_limit_s == 60.0
+        engine.close()
