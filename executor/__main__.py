@@ -163,8 +163,11 @@ def limit_spinning(environment: MutableMapping[str, str]) -> None:
 
 def _default_worker() -> MakeWorker:
     limit_spinning(os.environ)  # read when torch loads OpenMP
+    gc.disable()  # nothing that imports make is garbage, and looking takes a fifth of a second
     from executor.worker import Worker  # torch comes with it, and may fail to
 
+    gc.freeze()
+    gc.enable()
     return Worker
 
 
