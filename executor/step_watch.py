@@ -50,19 +50,19 @@ class StepWatch:
         self._counts_processor_time = counts_processor_time
         self._num_due = 0
         self._due_since_s = 0.0
-        self._processor_s = -1.0  # of all workers together, at the last look
+        self._processor_s: float | None = None  # of all workers; None: not looked at since then
         self._answers: deque[Answer] = deque()
 
     def expect(self) -> None:
         """One more answer is due."""
         if self._num_due == 0:
-            self._due_since_s = self._clock()
+            self._restart()
         self._num_due += 1
 
     def note_answer(self) -> None:
         """An answer came; the next one is due from now on."""
         self._num_due -= 1
-        self._due_since_s = self._clock()
+        self._restart()
 
     def keep(self, output: ModelRunnerOutput, frames: Frames) -> None:
         """A step's answer came."""
@@ -80,8 +80,7 @@ class StepWatch:
         overdue_s = self._clock() - self._due_since_s
         if overdue_s < min(LOOK_AFTER_S, self._limit_s):
             return None
-        if self._counts_processor_time and self._has_moved(workers):
-            self._due_since_s = self._clock()
+        if self._counts_processor_time and self._may_compute(workers):
             return None
         if overdue_s < self._limit_s:
             return None
@@ -93,11 +92,17 @@ class StepWatch:
             f"at most {self._limit_s:g} s are allowed (--engine-iteration-timeout)"
         )
 
-    def _has_moved(self, workers: Sequence[Watched]) -> bool:
-        """Whether the workers have computed since the last look."""
+    def _restart(self) -> None:
+        self._due_since_s = self._clock()
+        self._processor_s = None
+
+    def _may_compute(self, workers: Sequence[Watched]) -> bool:
+        """Whether the workers have computed since the last look; the first look cannot tell."""
         before_s = self._processor_s
-        now_s = sum(worker.activity()[1] for worker in workers)
-        if now_s - before_s < _MOVED_S:
+        self._processor_s = sum(worker.activity()[1] for worker in workers)
+        if before_s is None:
+            return True
+        if self._processor_s - before_s < _MOVED_S:
             return False
-        self._processor_s = now_s
+        self._due_since_s = self._clock()
         return True

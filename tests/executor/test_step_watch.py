@@ -102,7 +102,16 @@ def test_on_the_cpu_a_worker_that_computes_is_slow_and_not_stuck() -> None:
     watch.expect()
     worker = FakeWorker()
     assert pass_time(watch, clock, worker, 1000, processor_s=0.9) is None
-    assert pass_time(watch, clock, worker, 61) is not None
+    assert pass_time(watch, clock, worker, 59) is None
+    assert pass_time(watch, clock, worker, 1) is not None
+
+
+def test_on_the_cpu_one_look_is_not_enough() -> None:
+    watch, clock = make_watch(counts_processor_time=True)
+    watch.expect()
+    clock.now_s += 2 * LIMIT_S
+    assert watch.describe_stuck([FakeWorker()]) is None
+    assert watch.describe_stuck([FakeWorker()]) is not None
 
 
 def test_a_limit_of_zero_waits_for_ever() -> None:
