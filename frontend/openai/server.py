@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
 GC_THRESHOLD = 20_000  # tokens make short-lived objects without cycles; look at them rarely
+TICKS_PER_STATS_LINE = 100  # ten seconds: what the last requests did is said soon, not at the next
 GRACE_AFTER_DRAIN_S = 5.0
 GRACE_AFTER_DEATH_S = 1.0  # open requests still get their error
 
@@ -136,6 +137,8 @@ class HttpServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether to stop."""
+        if counter % TICKS_PER_STATS_LINE == TICKS_PER_STATS_LINE - 1:
+            await self._state.engine.do_log_stats()
         if self._drain_until is not None and not self.should_exit:
             await self._drain(self._drain_until)
         elif self._state.engine.errored:
@@ -212,10 +215,16 @@ def check_certificates(listen: ListenOptions) -> None:
     Raises:
         ConfigError: certificates that cannot be used.
     """
-    if not (listen.ssl_keyfile or listen.ssl_certfile):
-        return
     if not listen.ssl_certfile:
-        raise ConfigError("--ssl-keyfile needs --ssl-certfile")
+        for name in ("ssl_keyfile", "ssl_ca_certs", "ssl_cert_reqs"):
+            if getattr(listen, name):
+                raise ConfigError(f"--{name.replace('_', '-')} needs --ssl-certfile")
+        return
+    if listen.ssl_cert_reqs and not listen.ssl_ca_certs:
+        raise ConfigError(
+            f"--ssl-cert-reqs {listen.ssl_cert_reqs} needs --ssl-ca-certs: without authorities no "
+            f"client's certificate can be checked"
+        )
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         context.load_cert_chain(listen.ssl_certfile, listen.ssl_keyfile)

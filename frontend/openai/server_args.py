@@ -20,8 +20,14 @@ LOG_LEVELS = ("debug", "info", "warning", "error", "critical", "trace")
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the HTTP server."""
-    group = parser.add_argument_group("server")
-    add = group.add_argument
+    _add_process_flags(parser)
+    _add_answer_flags(parser)
+    _add_cors_flags(parser)
+    _add_ssl_flags(parser)
+
+
+def _add_process_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("server").add_argument
     add("--host", help="address to listen on; unset: all")
     add(
         "--port",
@@ -30,13 +36,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         help="port to listen on, taken before the model loads; default %(default)s",
     )
     add("--uds", metavar="PATH", help="listen on a Unix socket instead of a port")
-    add(
-        "--uvicorn-log-level",
-        choices=LOG_LEVELS,
-        default="info",
-        help="least severe log lines that are written; default %(default)s",
-    )
-    add("--disable-access-log", action="store_true", help="write no line per HTTP request")
+    add("--root-path", default="", help="path prefix behind a proxy")
     add(
         "--api-key",
         action="append",
@@ -44,19 +44,6 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         help="key that requests must bear; may be given several times; the environment variable "
         "VLLM_API_KEY gives one too",
     )
-    add("--lora-modules", nargs="+", metavar="NAME=PATH", help="adapters (not in this version)")
-    add("--chat-template", metavar="TEMPLATE", help="Jinja file, or the template itself")
-    add(
-        "--trust-request-chat-template",
-        action="store_true",
-        help="let requests bring chat templates; each renders in a process of its own",
-    )
-    add(
-        "--response-role",
-        default="assistant",
-        help="role of generated messages; default %(default)s",
-    )
-    add("--root-path", default="", help="path prefix behind a proxy")
     add(
         "--middleware",
         action="append",
@@ -64,14 +51,13 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         metavar="MODULE.NAME",
         help="ASGI middleware class, or HTTP middleware coroutine function; repeatable",
     )
-    add("--strict-fields", action="store_true", help="refuse unknown request fields")
     add(
-        "--generation-config",
-        choices=("auto", "vllm"),
-        default="auto",
-        help="where absent sampling fields of chats come from: the checkpoint's "
-        "generation_config.json, or the API's defaults alone",
+        "--uvicorn-log-level",
+        choices=LOG_LEVELS,
+        default="info",
+        help="least severe log lines that are written; default %(default)s",
     )
+    add("--disable-access-log", action="store_true", help="write no line per HTTP request")
     add(
         "--shutdown-timeout",
         type=_seconds,
@@ -86,8 +72,30 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         "instead of starting one; the engine flags are then its own",
     )
     add("--attach-keys", metavar="DIR", help="directory of heliograph keys, for a tcp:// engine")
-    _add_cors_flags(parser)
-    _add_ssl_flags(parser)
+
+
+def _add_answer_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("requests and answers").add_argument
+    add("--strict-fields", action="store_true", help="refuse unknown request fields")
+    add("--chat-template", metavar="TEMPLATE", help="Jinja file, or the template itself")
+    add(
+        "--trust-request-chat-template",
+        action="store_true",
+        help="let requests bring chat templates; each renders in a process of its own",
+    )
+    add(
+        "--response-role",
+        default="assistant",
+        help="role of generated messages; default %(default)s",
+    )
+    add(
+        "--generation-config",
+        choices=("auto", "vllm"),
+        default="auto",
+        help="where absent sampling fields of chats come from: the checkpoint's "
+        "generation_config.json, or the API's defaults alone",
+    )
+    add("--lora-modules", nargs="+", metavar="NAME=PATH", help="adapters (not in this version)")
 
 
 def _add_cors_flags(parser: argparse.ArgumentParser) -> None:

@@ -67,6 +67,7 @@ class FakeEngine:
     aborted: list[str] = field(default_factory=list)
     num_open: int = 0
     has_been_shut_down: bool = False
+    num_stats_lines: int = 0
     tokenizer: Any = field(default_factory=CharTokenizer)
 
     @property
@@ -88,6 +89,9 @@ class FakeEngine:
     async def check_health(self) -> None:
         if self.errored:
             raise self.dead_error
+
+    async def do_log_stats(self) -> None:
+        self.num_stats_lines += 1
 
     async def wait_until_ready(self) -> None:
         await asyncio.sleep(0)

@@ -18,6 +18,10 @@ from typing import Any
 import openai
 import pytest
 
+from frontend.openai.server import HttpServer, ListenOptions, check_certificates, uvicorn_config
+from ipc.errors import ConfigError
+from tests.frontend.openai.fake_engine import make_server
+
 ROOT = Path(__file__).parents[3]
 READY_S = 30.0
 
@@ -311,3 +315,34 @@ def test_certificates_that_cannot_be_used_are_a_configuration_error() -> None:
     _, errors = process.communicate(timeout=READY_S)
     assert process.returncode == 2
     assert "--ssl-certfile" in errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        pytest.param({"ssl_keyfile": "key.pem"}, "--ssl-keyfile needs --ssl-certfile", id="key"),
+        pytest.param({"ssl_ca_certs": "ca.pem"}, "--ssl-ca-certs needs --ssl-certfile", id="ca"),
+        pytest.param({"ssl_cert_reqs": 2}, "--ssl-cert-reqs needs --ssl-certfile", id="reqs"),
+        pytest.param(
+            {"ssl_certfile": "cert.pem", "ssl_cert_reqs": 2},
+            "--ssl-cert-reqs 2 needs --ssl-ca-certs",
+            id="no authorities",
+        ),
+    ],
+)
+def test_tls_flags_that_would_do_nothing_alone_are_refused(
+    flags: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ConfigError, match=named):
+        check_certificates(ListenOptions(**flags))
+
+
+def test_the_stat_loggers_write_every_ten_seconds_whether_or_not_the_engine_steps() -> None:
+    async def tick() -> int:
+        engine, state, app = make_server()
+        server = HttpServer(uvicorn_config(app, ListenOptions()), state, 30.0)
+        for counter in range(250):
+            assert not await server.on_tick(counter)
+        return engine.num_stats_lines
+
+    assert asyncio.run(tick()) == 2
