@@ -6,11 +6,15 @@ cache, and fetched by ``huggingface_hub`` (imported at that moment) unless that 
 
 import argparse
 import importlib
+import logging
 import os
+import sys
 from pathlib import Path
 
 from frontend.tokenizer_config import read_json
 from ipc.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 _CONFIG_PATTERNS = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "tokenizer*")
 _WEIGHT_PATTERNS = {
@@ -132,16 +136,25 @@ def _from_hub(
             f"the hub, is not installed"
         ) from err
 
-    def fetch(patterns: tuple[str, ...]) -> Path:
+    def look(patterns: tuple[str, ...], *, is_offline: bool) -> Path:
         return Path(
             hub.snapshot_download(
                 name,
                 revision=revision,
                 cache_dir=download_dir,
                 allow_patterns=[*_CONFIG_PATTERNS, *patterns],
-                local_files_only=constants.HF_HUB_OFFLINE,
+                local_files_only=is_offline,
             )
         )
+
+    def fetch(patterns: tuple[str, ...]) -> Path:
+        try:
+            return look(patterns, is_offline=constants.HF_HUB_OFFLINE)
+        except _network_errors() as err:
+            logger.warning(
+                "%s %s: the hub cannot be reached (%s): looking in the cache", flag, name, err
+            )
+            return look(patterns, is_offline=True)
 
     try:
         if load_format != "auto":
@@ -150,7 +163,7 @@ def _from_hub(
         if not any(directory.glob("*.safetensors")):
             directory = fetch(_WEIGHT_PATTERNS["pt"])
         return directory
-    except (OSError, ValueError) as err:  # every error of the hub is one of these
+    except (OSError, ValueError) as err:  # the hub's other errors are one of these
         where = download_dir or constants.HF_HUB_CACHE
         at = f" at revision {revision}" if revision else ""
         offline = "; the hub is off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else ""
@@ -159,3 +172,10 @@ def _from_hub(
             f"{flag} {name}: no directory of this name in {os.getcwd()}, and no model{at} "
             f"in the cache {where}{offline}: {reason[0]}"
         ) from err
+
+
+def _network_errors() -> tuple[type[Exception], ...]:
+    """What is raised when the hub cannot be reached; httpx, if it is used, has its own kind."""
+    httpx = sys.modules.get("httpx")
+    ours = (ConnectionError, TimeoutError)
+    return ours if httpx is None else (*ours, httpx.TransportError)

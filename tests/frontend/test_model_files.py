@@ -3,6 +3,7 @@
 import importlib
 from pathlib import Path
 
+import httpx
 import pytest
 
 from frontend import model_files
@@ -139,6 +140,32 @@ def test_one_form_of_the_weights_is_fetched(
     monkeypatch.setattr(model_files.importlib, "import_module", lambda name: hub)
     assert find_directory("org/model", load_format=load_format) == tmp_path
     assert hub.fetched == fetched
+
+
+class UnreachableHub(FakeHub):
+    """Has what was cached, and no network."""
+
+    def __init__(self, directory: Path, error: Exception) -> None:
+        super().__init__(directory, ".safetensors")
+        self.error = error
+
+    def snapshot_download(self, name: str, **options: object) -> str:
+        if not options["local_files_only"]:
+            raise self.error
+        return super().snapshot_download(name, **options)
+
+
+@pytest.mark.parametrize("error", [ConnectionError("refused"), httpx.ConnectError("no address")])
+def test_a_hub_that_cannot_be_reached_leaves_the_cache(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+) -> None:
+    hub = UnreachableHub(tmp_path, error)
+    monkeypatch.setattr(model_files.importlib, "import_module", lambda name: hub)
+    assert find_directory("org/model", revision="b" * 40, load_format="auto") == tmp_path
+    assert f"the hub cannot be reached ({error})" in caplog.text
 
 
 def test_without_the_hubs_library_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
