@@ -16,7 +16,10 @@ MAX_BRANCHES = 128
 MAX_NAME_CHARS = 256  # request ids and cache salts
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 256
-MAX_TOKEN_LIST = 1024  # stop_token_ids, logit_bias, bad_words
+MAX_TOKEN_LIST = 1024  # logit_bias, eos_token_ids
+# Frontends take lists of 1024 from clients, and then add: the checkpoint's further end-of-text
+# ids to the stop tokens, and to each bad word its spelling after a space.
+MAX_STOP_TOKENS = MAX_BAD_WORDS = 2 * MAX_TOKEN_LIST
 MAX_PROMPT_LOGPROBS = 1 << 22  # log-probabilities in one answer
 
 
@@ -131,14 +134,14 @@ def _check_num_logprobs(name: str, count: int | None, limits: RequestLimits) -> 
 def _check_token_lists(request: AddRequest, vocab_size: int) -> None:
     params = request.params
     sizes = (
-        ("stop_token_ids", len(params.stop_token_ids or ())),
-        ("logit_bias", len(params.logit_bias or ())),
-        ("bad_words", sum(map(len, request.bad_words_token_ids))),
-        ("eos_token_ids", len(request.eos_token_ids)),
+        ("stop_token_ids", len(params.stop_token_ids or ()), MAX_STOP_TOKENS),
+        ("logit_bias", len(params.logit_bias or ()), MAX_TOKEN_LIST),
+        ("bad_words", len(request.bad_words_token_ids), MAX_BAD_WORDS),
+        ("eos_token_ids", len(request.eos_token_ids), MAX_TOKEN_LIST),
     )
-    for name, size in sizes:
-        if size > MAX_TOKEN_LIST:
-            raise RequestError(f"{name} may hold {MAX_TOKEN_LIST} tokens, got {size}", name)
+    for name, size, cap in sizes:
+        if size > cap:
+            raise RequestError(f"{name} may hold {cap} entries, got {size}", name)
     if len(params.allowed_token_ids or ()) > vocab_size:
         raise RequestError(
             f"allowed_token_ids may hold {vocab_size} tokens, "
