@@ -99,7 +99,8 @@ class Answer:
 
     async def whole(self) -> dict[str, Any]:
         """The answer as one object."""
-        outputs = await run_all([final_output(self._state, job) for job in self._jobs])
+        work = [partial(final_output, self._state, job) for job in self._jobs]
+        outputs = await run_all(work, self._state.max_prompts_at_once)
         choices = []
         for number, output in enumerate(outputs):
             self._count(number, output)
@@ -128,8 +129,8 @@ class Answer:
                 ChunkFormat(head, number * num_choices + i, is_chat=False, usage_null=usage_null)
                 for i in range(num_choices)
             ]
-            streams.append(self._stream_job(number, job, formats, write))
-        await run_all(streams)
+            streams.append(partial(self._stream_job, number, job, formats, write))
+        await run_all(streams, self._state.max_prompts_at_once)
         if usage_null:
             await write(usage_chunk(head, self._usage.body()))
 

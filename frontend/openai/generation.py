@@ -143,13 +143,19 @@ async def consume(
         stream.close()
 
 
-async def run_all(work: Sequence[Awaitable[T]]) -> list[T]:
-    """Await all at once; the first failure cancels the rest and is raised as itself."""
+async def run_all(work: Sequence[Callable[[], Awaitable[T]]], at_once: int) -> list[T]:
+    """Do all, ``at_once`` at a time; the first failure cancels the rest and is raised as itself."""
     if len(work) == 1:
-        return [await work[0]]
+        return [await work[0]()]
+    slots = asyncio.Semaphore(at_once)
+
+    async def do(item: Callable[[], Awaitable[T]]) -> T:
+        async with slots:
+            return await item()
+
     try:
         async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(_as_coroutine(item)) for item in work]
+            running = [tasks.create_task(do(item)) for item in work]
     except BaseExceptionGroup as group:
         raise first_error(group) from None
     return [task.result() for task in running]
@@ -222,7 +228,3 @@ def check_stream_options(body: Tuning) -> None:
         raise RequestError("stream_options needs stream to be true", param="stream_options")
     if body.stream and body.prompt_logprobs is not None:
         raise RequestError("prompt_logprobs is not available in a stream", param="prompt_logprobs")
-
-
-async def _as_coroutine(work: Awaitable[T]) -> T:
-    return await work

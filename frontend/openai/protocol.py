@@ -14,6 +14,7 @@ from ipc.errors import RequestError, UnsupportedError
 from ipc.sampling_params import RequestOutputKind, SamplingParams
 
 MAX_BRANCHES_PER_BODY = 4096  # prompts times best_of
+MAX_TOOLS_BYTES = 1 << 20
 
 Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -164,6 +165,7 @@ _DECODERS: dict[type[Any], msgspec.json.Decoder[Any]] = {
     kind: msgspec.json.Decoder(kind)
     for kind in (CompletionRequest, ChatCompletionRequest, TokenizeRequest, DetokenizeRequest)
 }
+_encode = msgspec.json.Encoder().encode
 _KEYS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 
 
@@ -266,6 +268,8 @@ def constraint_kinds(body: Tuning) -> list[str]:
 
 
 def _refuse_tool_calls(body: ChatCompletionRequest) -> None:
+    if body.tools and len(_encode(body.tools)) > MAX_TOOLS_BYTES:
+        raise RequestError(f"tools are above {MAX_TOOLS_BYTES} bytes", param="tools")
     if not body.tools:
         if body.tool_choice not in (None, "none", "auto"):
             raise RequestError("tool_choice needs tools", param="tool_choice")

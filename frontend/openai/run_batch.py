@@ -24,7 +24,7 @@ from frontend.openai.state import make_state
 from ipc.errors import ConfigError
 
 PATHS = ("/v1/completions", "/v1/chat/completions")
-MAX_OPEN = 1024  # requests in flight; the rest of the file waits
+RETRY_S = 1.0  # after the engine had no room for a request
 
 
 class BatchLine(msgspec.Struct, kw_only=True):
@@ -88,21 +88,24 @@ async def _run(args: argparse.Namespace, lines: list[BatchLine], out: IO[bytes])
     engine = make_engine(args, metrics)
     try:
         await engine.wait_until_ready()
-        app = build_app(make_state(engine, server_options(args, {}), metrics, created=0))
-        return await answer_all(app, lines, out)
+        state = make_state(engine, server_options(args, {}), metrics, created=0)
+        # Enough to keep every batch full; the rest of the file waits here.
+        return await answer_all(build_app(state), lines, out, 2 * state.max_prompts_at_once)
     finally:
         engine.shutdown()
 
 
-async def answer_all(app: Any, lines: list[BatchLine], out: IO[bytes]) -> int:
+async def answer_all(app: Any, lines: list[BatchLine], out: IO[bytes], at_once: int) -> int:
     """Write one answer per line; returns how many of them are errors."""
-    slots = asyncio.Semaphore(MAX_OPEN)
+    slots = asyncio.Semaphore(at_once)
     num_failed = 0
 
     async def answer_one(line: BatchLine) -> None:
         nonlocal num_failed
         async with slots:
-            status, body = await ask(app, line.url, bytes(line.body))
+            while (answer := await ask(app, line.url, bytes(line.body)))[0] == 429:
+                await asyncio.sleep(RETRY_S)  # nobody waits for a batch: it has the time
+        status, body = answer
         num_failed += status != 200
         out.write(_encode(_answer(line, status, body)) + b"\n")
         out.flush()

@@ -53,6 +53,7 @@ class ServerState:
     options: ServerOptions
     metrics: "CollectorRegistry"
     created: int  # unix time of the start, shown by /v1/models
+    max_prompts_at_once: int = 256  # of one body; the engine refuses more than it can queue
     chat_template: str | None = None
     chat_defaults: dict[str, Any] = field(default_factory=lambda: dict(CHAT_DEFAULTS))
     is_draining: bool = False
@@ -103,7 +104,8 @@ def make_state(
     engine: "AsyncLLM", options: ServerOptions, metrics: "CollectorRegistry", *, created: int
 ) -> ServerState:
     """The state of a server on a ready engine. ``metrics`` is what the engine's loggers fill."""
-    model_config = engine.vllm_config.model_config
+    config = engine.vllm_config
+    model_config = config.model_config
     tokenizer = None if model_config.skip_tokenizer_init else engine.tokenizer
     template = options.chat_template
     if template is None and tokenizer is not None:
@@ -115,6 +117,7 @@ def make_state(
         options=options,
         metrics=metrics,
         created=created,
+        max_prompts_at_once=config.scheduler_config.max_num_seqs,
         chat_template=template,
         chat_defaults=chat_defaults(model_config.generation_config, options.generation_config),
     )

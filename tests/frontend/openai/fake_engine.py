@@ -66,6 +66,7 @@ class FakeEngine:
     calls: list[Call] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     num_open: int = 0
+    most_open: int = 0
     has_been_shut_down: bool = False
     num_stats_lines: int = 0
     tokenizer: Any = field(default_factory=CharTokenizer)
@@ -117,6 +118,7 @@ class FakeEngine:
     ) -> AsyncGenerator[RequestOutput, None]:
         prompt, prompt_ids = self._prompt(inputs, options)
         self.num_open += 1
+        self.most_open = max(self.most_open, self.num_open)
         has_finished = False
         try:
             for step, sequences in enumerate(self._steps(params)):

@@ -181,6 +181,8 @@ def test_tools_are_refused_unless_the_model_may_only_look_at_them() -> None:
     assert refused.status_code == 400
     assert "tool calling is not supported" in refused.json()["error"]["message"]
     assert chat(app, tools=tools, tool_choice="none").status_code == 200
+    tools[0]["function"]["description"] = "x" * 2**20
+    assert "tools" in chat(app, tools=tools, tool_choice="none").json()["error"]["message"]
     assert engine.calls[0].inputs == {"prompt": "f"}
 
 

@@ -279,3 +279,13 @@ def test_more_tokens_than_the_context_has_room_for_are_refused() -> None:
     response = complete(app, max_tokens=98)  # the prompt has 3 of 100
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "max_tokens"
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_body_of_many_prompts_fills_the_batch_and_not_the_queue(stream: bool) -> None:
+    engine, state, app = make_server()
+    state.max_prompts_at_once = 3
+    response = complete(app, prompt=["a"] * 20, max_tokens=2, stream=stream)
+    assert response.status_code == 200
+    assert len(engine.calls) == 20
+    assert engine.most_open == 3
