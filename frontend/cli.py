@@ -113,8 +113,14 @@ def chat(argv: Sequence[str]) -> int:
 
 def run(argv: Sequence[str]) -> int:
     """Run a Python program written for vLLM."""
+    if len(argv) > 1 and argv[0] == "-m":
+        from frontend.compat import run_module
+
+        run_module(argv[1], list(argv[2:]))
+        return 0
     if not argv or argv[0].startswith("-"):
         print("usage: heliograph run SCRIPT.py [ARGUMENT ...]", file=sys.stderr)
+        print("       heliograph run -m MODULE [ARGUMENT ...]", file=sys.stderr)
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     if not Path(argv[0]).is_file():
         print(f"heliograph run: there is no file {argv[0]}", file=sys.stderr)

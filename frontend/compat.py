@@ -44,6 +44,8 @@ _OUTPUTS = {
 }
 _PROMPTS = {
     "PromptInputs": "frontend.vllm_names",
+    "PromptStrictInputs": "frontend.vllm_names",
+    "PromptType": "frontend.vllm_names",
     "TextPrompt": "frontend.vllm_names",
     "TextTokensPrompt": "frontend.vllm_names",
     "TokensPrompt": "frontend.vllm_names",
@@ -158,6 +160,7 @@ def run_module(name: str, argv: Sequence[str] = ()) -> dict[str, Any]:
     """As ``python -m name``, with ``import vllm`` finding Heliograph."""
     install()
     sys.argv = [name, *argv]
+    sys.path.insert(0, str(Path.cwd()))
     return runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 

@@ -35,7 +35,8 @@ class TextTokensPrompt(TypedDict, total=False):
     multi_modal_data: Any
 
 
-PromptInputs = str | TextPrompt | TokensPrompt | TextTokensPrompt
+PromptStrictInputs = str | TextPrompt | TokensPrompt
+PromptInputs = PromptType = PromptStrictInputs | TextTokensPrompt
 
 
 class Counter:

@@ -97,3 +97,22 @@ def test_run_gives_a_program_its_arguments_and_misses_no_file(
     assert capfd.readouterr().out == "frontend.llm ['a', '--b']\n"
     assert main(["run", str(tmp_path / "none.py")]) == 2
     assert main(["run"]) == 2
+    assert main(["run", "-m"]) == 2
+
+
+def test_run_finds_a_module_of_the_current_directory(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(
+        "import sys, vllm\nprint(vllm.LLM.__module__, sys.argv[1:])"
+    )
+    code = (
+        f"import sys; sys.path[0] = {str(ROOT)!r}\n"
+        "from frontend.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run", "-m", "program", "a", "--b"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "frontend.llm ['a', '--b']\n"
