@@ -55,6 +55,12 @@ def load_model(
         ConfigError: the model cannot be built as configured.
         EngineStartError: the checkpoint is broken or does not fit the model.
     """
+    unknown = sorted(load_config.model_loader_extra_config)
+    if unknown:
+        raise ConfigError(
+            f"--model-loader-extra-config: the loader of --load-format {load_config.load_format} "
+            f"takes no options, got {', '.join(unknown)}"
+        )
     if not registry.is_native(model_config.hf_config):
         return _load_fallback(model_config, load_config, device, tp, on_progress)
     shape, dtype = _shape_and_dtype(model_config)

@@ -109,6 +109,18 @@ def test_safetensors_come_before_pickles(tmp_path: Path) -> None:
         load(tmp_path, "pt")
 
 
+def test_options_that_no_loader_takes_are_refused(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    with pytest.raises(ConfigError, match=r"--model-loader-extra-config.*got turbo"):
+        load_model(
+            model_config(tmp_path),
+            LoadConfig(model_loader_extra_config={"turbo": True}),
+            device=torch.device("cpu"),
+            tp=TensorParallel(),
+            on_progress=lambda *_: None,
+        )
+
+
 @pytest.mark.parametrize("load_format", ["safetensors", "pt", "auto", "npcache"])
 def test_a_form_that_is_not_there_is_an_error(load_format: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
