@@ -45,6 +45,7 @@ Form = Callable[[Tensor, Tensor | None], Run]  # weight and bias -> the product
 _PROBED_ROWS = (*range(2, 17), *range(24, 65, 8))
 _TILES = (64, 32, 16, 8)
 _PROBED_OUTPUTS = 8192  # at most: beyond that there are only more blocks of outputs
+_DISTINCT_OUTPUTS = 128  # the others repeat them: making random numbers takes as long as trying
 _FIXED_TILE = 16
 _WIDEST_TILE = 512  # from 256 rows on, more at once gain nothing
 
@@ -175,13 +176,15 @@ def _probes(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]
     """
     generator = torch.Generator().manual_seed(0)
     half = shape[1] // 2
-    weight = torch.randn(shape, generator=generator)
+    weight = torch.randn(min(shape[0], _DISTINCT_OUTPUTS), shape[1], generator=generator)
     x = torch.randn(1, shape[1], generator=generator)
     order = torch.randperm(shape[1], generator=generator)
     weight[:, half : 2 * half] = -weight[:, :half]
     x[:, half : 2 * half] = x[:, :half]
     x[:, 2 * half :] = 0.0
-    return weight[:, order].to(dtype), x[:, order].to(dtype).repeat(_TILES[0], 1)
+    repeats = -(-shape[0] // len(weight))
+    weight = weight[:, order].to(dtype).repeat(repeats, 1)[: shape[0]]
+    return weight, x[:, order].to(dtype).repeat(_TILES[0], 1)
 
 
 def _invariant_rows(run: Run, x: Tensor) -> int:
