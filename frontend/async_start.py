@@ -17,10 +17,11 @@ from frontend.engine_setup import (
     with_executor_path,
 )
 from frontend.launcher import Launch
-from frontend.stat_loggers import StatLoggerFactory
+from frontend.stat_loggers import IterationStats, StatLoggerFactory
 from frontend.tokenizer import Tokenizer
 from frontend.tokenizer_pool import TokenizerPool, make_tokenizer_pool
 from ipc.config import EngineConfig, ParallelConfig, decode_config
+from ipc.messages import GetStats
 
 Connector = Callable[[], Awaitable[AsyncClient]]
 
@@ -66,6 +67,8 @@ class EngineStart:
                 self.config = decode_config(client.welcome.config)
                 self.tokenizer = await asyncio.to_thread(load_engine_tokenizer, self.config)
             loggers = make_stat_loggers(self.config, self.stat_loggers, log_stats=self.log_stats)
+            if loggers.loggers:  # a scrape before the first request shows the cache's size too
+                loggers.record(await client.call(GetStats()), IterationStats())
             pool = make_pool(self.config, self.tokenizer)
             self.session = AsyncSession(client, self.config, self.tokenizer, loggers, pool)
         except BaseException:

@@ -269,10 +269,11 @@ def failure_of(output: EngineOutput) -> EngineError:
 def summarise(state: RequestState) -> FinishedRequestStats:
     """A finished request as statistics see it."""
     metrics, params = state.metrics, state.params
+    reason = state.branches[0].finish_reason
     finished_s = metrics.finished_time or metrics.last_token_time
     scheduled_s, first_s = metrics.first_scheduled_time, metrics.first_token_time
     return FinishedRequestStats(
-        finish_reason=state.branches[0].finish_reason or FinishReason.ABORT,
+        finish_reason=FinishReason.ABORT if reason is None else reason,
         num_prompt_tokens=len(state.entry.request.prompt_token_ids),
         num_generation_tokens=metrics.num_generation_tokens,
         e2e_latency_s=max(0.0, finished_s - metrics.arrival_time),

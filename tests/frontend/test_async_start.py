@@ -12,8 +12,9 @@ from frontend.async_start import (
     name_arguments,
     with_ray_workers,
 )
+from frontend.stat_loggers import IterationStats
 from ipc.config import EngineConfig, ModelConfig, ParallelConfig, TokenizerPoolConfig
-from ipc.messages import Welcome
+from ipc.messages import GetStats, SchedulerStats, Welcome
 from tests.frontend.builders import FakeAsyncClient, FakeCore, always, make_config, make_tokenizer
 
 
@@ -77,6 +78,29 @@ def test_a_connection_that_cannot_be_used_is_closed() -> None:
         with pytest.raises(ValueError, match="Input data was truncated"):
             await start.connect()
         assert client.is_closed
+        start.close()
+
+    asyncio.run(main())
+
+
+def test_stat_loggers_know_the_engine_before_its_first_request() -> None:
+    recorded: list[Any] = []
+
+    class Recorder:
+        def record(self, stats: SchedulerStats | None, iteration: IterationStats) -> None:
+            recorded.append((stats, iteration))
+
+    async def main() -> None:
+        stats = SchedulerStats(num_gpu_blocks=7)
+        client = FakeAsyncClient(FakeCore(always("x"), results={GetStats: stats}))
+
+        async def connect() -> Any:
+            return client
+
+        factories: Any = [lambda _config, _index: Recorder()]
+        start = EngineStart(connect, make_config(), factories, log_stats=False)
+        await start.connect()
+        assert recorded == [(stats, IterationStats())]
         start.close()
 
     asyncio.run(main())

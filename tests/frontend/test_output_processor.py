@@ -346,6 +346,13 @@ def test_statistics_count_tokens_latencies_and_ends() -> None:
     assert (finished.decode_time_s, finished.e2e_latency_s) == (1.0, 12.0)
 
 
+@pytest.mark.parametrize("reason", [FinishReason.STOP, FinishReason.LENGTH])
+def test_statistics_tell_how_a_request_ended(reason: FinishReason) -> None:
+    rig = make_rig(log_stats=True)
+    (finished,) = rig.say(rig.open(), "a", finish_reason=reason).iteration.finished
+    assert finished.finish_reason is reason
+
+
 def test_aborted_requests_are_in_the_next_statistics() -> None:
     rig = make_rig(log_stats=True)
     rig.open("a")
