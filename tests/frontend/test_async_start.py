@@ -3,6 +3,7 @@
 import asyncio
 from typing import Any
 
+import psutil
 import pytest
 
 from frontend.async_start import (
@@ -10,11 +11,16 @@ from frontend.async_start import (
     is_in_event_loop,
     make_pool,
     name_arguments,
+    start_engine,
     with_ray_workers,
 )
+from frontend.engine_args import EngineArgs
+from frontend.model_files import bundled_model
 from frontend.stat_loggers import IterationStats
 from ipc.config import EngineConfig, ModelConfig, ParallelConfig, TokenizerPoolConfig
+from ipc.errors import ConfigError
 from ipc.messages import GetStats, SchedulerStats, Welcome
+from tests.engine_core.process_tree import assert_gone
 from tests.frontend.builders import FakeAsyncClient, FakeCore, always, make_config, make_tokenizer
 
 
@@ -104,3 +110,19 @@ def test_stat_loggers_know_the_engine_before_its_first_request() -> None:
         start.close()
 
     asyncio.run(main())
+
+
+def test_the_engine_starts_before_the_tokenizer_is_read_and_ends_with_its_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[psutil.Process] = []
+
+    def fail(_config: EngineConfig) -> None:
+        started.extend(psutil.Process().children(recursive=True))
+        raise ConfigError("no tokenizer")
+
+    monkeypatch.setattr("frontend.async_start.load_engine_tokenizer", fail)
+    config = EngineArgs(model=str(bundled_model())).create_engine_config()
+    with pytest.raises(ConfigError, match="no tokenizer"):
+        start_engine({"vllm_config": config})
+    assert_gone(started)
