@@ -1,6 +1,8 @@
 """Gated activations: y = act(gate) * up, where x = [gate | up] side by side.
 
-Shapes: T tokens, I intermediate size. Arithmetic is float32 whatever the input is.
+Shapes: T tokens, I intermediate size. Arithmetic is float32 whatever the input is. On a CPU
+act(gate) is rounded to the input's dtype before the product, as Hugging Face's models do it: that
+spares two of four passes.
 Sources: Shazeer, "GLU Variants Improve Transformer", arXiv:2002.05202; Hendrycks and Gimpel,
 "Gaussian Error Linear Units", arXiv:1606.08415 (also the tanh approximation).
 """
@@ -27,7 +29,7 @@ def silu_and_mul(x: Tensor) -> Tensor:
     if x.is_cuda:
         return gated_triton(x, SILU)
     gate, up = x.chunk(2, dim=-1)
-    return F.silu(gate.float()).mul_(up).to(x.dtype)
+    return F.silu(gate).mul_(up)
 
 
 def gelu_and_mul(x: Tensor, *, tanh: bool) -> Tensor:
@@ -41,7 +43,7 @@ def gelu_and_mul(x: Tensor, *, tanh: bool) -> Tensor:
         return gated_triton(x, GELU_TANH if tanh else GELU)
     gate, up = x.chunk(2, dim=-1)
     approximate = "tanh" if tanh else "none"
-    return F.gelu(gate.float(), approximate=approximate).mul_(up).to(x.dtype)
+    return F.gelu(gate, approximate=approximate).mul_(up)
 
 
 def silu_and_mul_reference(x: Tensor) -> Tensor:
