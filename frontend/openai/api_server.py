@@ -41,7 +41,7 @@ from frontend.openai.protocol import (
 from frontend.openai.state import ServerState
 from frontend.openai.tokens import detokenize, tokenize
 from frontend.openai.user_middleware import UserMiddleware
-from ipc.errors import EngineError
+from ipc.errors import EngineError, UnsupportedError
 
 BODIES: tuple[type[msgspec.Struct], ...] = (
     CompletionRequest,
@@ -162,6 +162,12 @@ async def tokenize_prompt(request: Request) -> Response:
 async def detokenize_tokens(request: Request) -> Response:
     """The text of token ids."""
     return json_response(await detokenize(_state(request), request))
+
+
+@router.post("/v1/embeddings")
+async def embeddings(request: Request) -> Response:
+    """Refused: this version generates text only."""
+    raise UnsupportedError("pooling and embeddings are not supported by this version")
 
 
 @router.get("/health")

@@ -96,13 +96,15 @@ async def on_error(_: Request, error: Exception) -> Response:
     return error_response(error)
 
 
-async def on_http_error(_: Request, error: Exception) -> Response:
+async def on_http_error(request: Request, error: Exception) -> Response:
     """Exception handler for what the router refuses: unknown paths and methods."""
     assert isinstance(error, HTTPException)
-    names = {404: "NotFoundError", 405: "MethodNotAllowedError"}
-    body = _body(
-        error.status_code, names.get(error.status_code, "HTTPError"), str(error.detail), None
-    )
+    name, message = "HTTPError", str(error.detail)
+    if error.status_code == 404:
+        name, message = "NotFoundError", f"this server has no {request.scope['path'][:200]!r}"
+    elif error.status_code == 405:
+        name, message = "MethodNotAllowedError", f"not with {request.method[:20]!r}"
+    body = _body(error.status_code, name, message, None)
     response = json_response(body, error.status_code)
     response.headers.update(error.headers or {})
     return response

@@ -78,6 +78,14 @@ def test_unknown_paths_and_methods_have_an_error_body(method: str, path: str, st
     response = ask(app, method, path)
     assert response.status_code == status
     assert response.json()["error"]["code"] == status
+    assert (path if status == 404 else method) in response.json()["error"]["message"]
+
+
+def test_embeddings_are_refused_with_a_sentence() -> None:
+    _, _, app = make_server()
+    response = ask(app, "POST", "/v1/embeddings", json={"input": "x"})
+    assert response.status_code == 400
+    assert "embeddings are not supported" in response.json()["error"]["message"]
 
 
 def test_a_dead_engine_turns_health_and_requests_to_503() -> None:
