@@ -101,6 +101,7 @@ def resolve_model_config(
         config,
         model_path=str(model_path),
         tokenizer_path=str(tokenizer_path),
+        code_path=_find_code(config, hf_config, load_config),
         hf_config=hf_config,
         generation_config=_encodable(read_json(model_path / "generation_config.json")),
         dtype=dtype,
@@ -157,6 +158,19 @@ def _find_tokenizer(config: ModelConfig, model_path: Path, load_config: LoadConf
         revision=config.tokenizer_revision,
         download_dir=load_config.download_dir,
     )
+
+
+def _find_code(config: ModelConfig, hf_config: dict[str, Any], load_config: LoadConfig) -> str:
+    """The directory of a checkpoint's own code at ``--code-revision``; "" for the model's."""
+    if config.code_revision is None or not hf_config.get("auto_map"):
+        return ""
+    if Path(config.model).expanduser().is_dir():
+        logger.warning("--code-revision has no effect: %s is a directory", config.model)
+        return ""
+    directory = find_directory(
+        config.model, revision=config.code_revision, download_dir=load_config.download_dir
+    )
+    return str(directory)
 
 
 def _check_model_numbers(config: ModelConfig) -> None:

@@ -46,6 +46,7 @@ class ModelConfig:
     # -- filled in by resolution --
     model_path: str = ""  # the directory that holds the checkpoint
     tokenizer_path: str = ""
+    code_path: str = ""  # the directory of the model's own code, when it is not model_path
     hf_config: dict[str, Any] = field(default_factory=dict)  # config.json, rope_scaling merged in
     generation_config: dict[str, Any] = field(default_factory=dict)  # {} when there is none
 

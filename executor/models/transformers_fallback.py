@@ -12,6 +12,7 @@ Shapes: T packed tokens, N query heads, K key/value heads, D head size.
 """
 
 import inspect
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -205,6 +206,8 @@ def _auto_model(model_config: ModelConfig) -> tuple[Any, Any]:
 
     transformers.AttentionInterface.register(_ATTENTION, _paged_attention)
     hf_config = dict(model_config.hf_config)
+    if model_config.code_path:
+        return transformers.AutoModelForCausalLM, _config_of_code(model_config.code_path, hf_config)
     try:
         config = transformers.AutoConfig.from_pretrained(
             model_config.model_path,
@@ -213,12 +216,32 @@ def _auto_model(model_config: ModelConfig) -> tuple[Any, Any]:
             local_files_only=True,
         )
         config = type(config).from_dict(hf_config)
+        config.name_or_path = model_config.model_path  # where the model's own code is looked for
     except (OSError, ValueError, KeyError) as err:
         raise ConfigError(f"transformers does not know {model_config.model}: {err}") from err
     known = transformers.AutoModelForCausalLM._model_mapping
     if type(config) not in known and not model_config.trust_remote_code:
         raise ConfigError(f"{hf_config.get('architectures')} is not a causal language model")
     return transformers.AutoModelForCausalLM, config
+
+
+def _config_of_code(code_path: str, hf_config: dict[str, Any]) -> Any:
+    """The config, of the class in another revision's code; its model class becomes known too."""
+    from transformers import AutoModelForCausalLM
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    places = json.loads((Path(code_path) / "config.json").read_text()).get("auto_map", {})
+    missing = [name for name in ("AutoConfig", "AutoModelForCausalLM") if name not in places]
+    if missing:
+        raise ConfigError(f"--code-revision: {code_path} defines no {' and no '.join(missing)}")
+    try:
+        config_class = get_class_from_dynamic_module(places["AutoConfig"], code_path)
+        model_class = get_class_from_dynamic_module(places["AutoModelForCausalLM"], code_path)
+    except (OSError, ImportError, AttributeError) as err:
+        raise ConfigError(f"--code-revision: the code in {code_path} fails: {err}") from err
+    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    hf_config.pop("auto_map", None)  # names the code beside the weights
+    return config_class.from_dict(hf_config)
 
 
 def _paged_attention(

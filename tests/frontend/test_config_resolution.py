@@ -180,6 +180,42 @@ def test_checkpoints_with_code_of_their_own_need_trust(tmp_path: Path, name: str
     assert resolve(directory, trust_remote_code=True).model_path == str(directory)
 
 
+def write_hub_cache(cache: Path) -> None:
+    """One model with code of its own, in two revisions."""
+    root = cache / "models--org--model"
+    (root / "refs").mkdir(parents=True)
+    for ref, commit in (("main", "a" * 40), ("v2", "b" * 40)):
+        (root / "refs" / ref).write_text(commit)
+        places = {"AutoModelForCausalLM": "mine.MyForCausalLM"}
+        write_checkpoint(root / "snapshots" / commit, auto_map=places)
+
+
+def test_code_weights_and_tokenizer_have_revisions_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    write_hub_cache(tmp_path)
+
+    def found(model: str = "org/model", **revisions: str) -> list[str]:
+        config = resolve_model_config(
+            ModelConfig(model, trust_remote_code=True, **revisions),
+            LoadConfig(download_dir=str(tmp_path)),
+            DeviceConfig("cpu"),
+        )
+        paths = (config.model_path, config.tokenizer_path, config.code_path)
+        return [Path(path).name[:1] for path in paths]
+
+    assert found() == ["a", "a", ""]
+    assert found(revision="v2") == ["b", "b", ""]
+    assert found(code_revision="v2") == ["a", "a", "b"]
+    assert found(tokenizer_revision="v2") == ["a", "b", ""]
+    with pytest.raises(ConfigError, match="v9"):
+        found(code_revision="v9")
+    snapshot = tmp_path / "models--org--model" / "snapshots" / ("a" * 40)
+    assert found(str(snapshot), code_revision="v2") == ["a", "a", ""]
+    assert "--code-revision has no effect" in caplog.text
+
+
 def test_a_tokenizer_of_another_directory_is_found_and_checked(tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "m")
     (tmp_path / "t").mkdir()

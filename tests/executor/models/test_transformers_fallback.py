@@ -1,5 +1,6 @@
 """Architectures without a file of their own, run through transformers with our attention."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +135,50 @@ def test_code_in_the_repository_needs_permission(tmp_path: Path) -> None:
     overrides = {"auto_map": {"AutoModelForCausalLM": "modeling_mine.MyForCausalLM"}}
     with pytest.raises(ConfigError, match="--trust-remote-code"):
         load(tmp_path, "dummy", hf_overrides=overrides)
+
+
+OWN_CODE = """
+from transformers import GraniteConfig, GraniteForCausalLM
+
+class MyConfig(GraniteConfig):
+    model_type = "mine"
+
+class MyForCausalLM(GraniteForCausalLM):
+    config_class = MyConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.revision = {revision!r}
+"""
+
+
+def save_own_code(path: Path, revision: str) -> None:
+    """A checkpoint's files but the weights, with a module that knows its revision."""
+    path.mkdir(exist_ok=True)
+    places = {"AutoConfig": "mine.MyConfig", "AutoModelForCausalLM": "mine.MyForCausalLM"}
+    config = SMALL | {
+        "model_type": "mine", "architectures": ["MyForCausalLM"], "auto_map": places
+    }  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "mine.py").write_text(OWN_CODE.format(revision=revision))
+
+
+def test_code_of_another_revision_takes_the_place_of_the_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = tmp_path / "modules"
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(modules))
+    monkeypatch.syspath_prepend(str(modules))
+    save_own_code(tmp_path / "weights", "one")
+    save_own_code(tmp_path / "code", "two")
+
+    def revision(**changes: Any) -> str:
+        options = {"trust_remote_code": True} | changes
+        model: Any = load(tmp_path / "weights", "dummy", **options).model
+        return str(model.hf_model.revision)
+
+    assert revision() == "one"
+    assert revision(code_path=str(tmp_path / "code")) == "two"
+    (tmp_path / "code" / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="defines no AutoConfig and no AutoModelForCausalLM"):
+        revision(code_path=str(tmp_path / "code"))
