@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels.attention_step import Options
+from kernels.attention_step import Options, StepMemo
 from kernels.paged_attention import paged_attention_reference
 from kernels.paged_attention_cpu import paged_attention_cpu
 from tests.kernels.cases import DTYPES, assert_close, attention_inputs
@@ -44,7 +44,8 @@ def test_cpu_path_equals_definition(
 
 
 def test_many_keys_are_gathered_in_several_runs() -> None:
-    inputs = attention_inputs([1] * 6, [600, 5, 700, 130, 900, 8], heads=(4, 2), head_dim=64)
+    seq_lens = [600, 5, 700, 1025, 630, 8, 512, 513, 620, 64, 65, 610]
+    inputs = attention_inputs([1] * 12, seq_lens, heads=(4, 2), head_dim=64)
     options = Options(0.1, None, None)
 
     assert_close(paged_attention_cpu(*inputs, options), paged_attention_reference(*inputs, options))
@@ -52,12 +53,13 @@ def test_many_keys_are_gathered_in_several_runs() -> None:
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_result_of_a_request_does_not_depend_on_its_batch_mates(options: Options) -> None:
+    seq_lens = [50, 700, 31, 64, 40, 701, 690, 20]  # some of which attend in one call
     q, key_cache, value_cache, step = attention_inputs(
-        [1] * 4, [50, 700, 31, 64], heads=(4, 2), head_dim=16
+        [1] * len(seq_lens), seq_lens, heads=(4, 2), head_dim=16
     )
     together = paged_attention_cpu(q, key_cache, value_cache, step, options)
 
-    for b in range(4):
+    for b in range(len(seq_lens)):
         lone = step._replace(
             block_table=step.block_table[b : b + 1],
             query_start_loc=torch.tensor([0, 1], dtype=torch.int32),
@@ -65,6 +67,18 @@ def test_result_of_a_request_does_not_depend_on_its_batch_mates(options: Options
         )
         out = paged_attention_cpu(q[b : b + 1], key_cache, value_cache, lone, options)
         assert out[0].equal(together[b])
+
+
+def test_layers_share_a_memo_whatever_their_windows() -> None:
+    inputs = attention_inputs([1, 4, 1], [50, 9, 31], heads=(4, 2), head_dim=16)
+    memo = StepMemo()
+
+    for window in (None, 7, None, 20):
+        options = Options(0.2, window, None)
+        shared = paged_attention_cpu(*inputs, options, memo)
+
+        assert shared.equal(paged_attention_cpu(*inputs, options))
+    assert len(memo.entries) == 3
 
 
 def test_rows_of_no_request_are_zeros() -> None:
