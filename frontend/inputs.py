@@ -27,6 +27,12 @@ MAX_LONG_TEXTS = 2  # tokenised at a time: threads compete with the event loop f
 MAX_BRANCHES = 128
 MAX_STOP_STRINGS, MAX_STOP_CHARS = 16, 256
 MAX_LIST_ENTRIES = 1024  # stop_token_ids, logit_bias, bad_words
+_UNSUPPORTED_PARAMS = (
+    "flat_logprobs",
+    "trace_decode_token_ids",
+    "thinking_token_budget",
+    "repetition_detection",
+)
 MAX_ID_CHARS = 256  # request ids and cache salts
 
 
@@ -333,8 +339,10 @@ def check_params(params: SamplingParams, max_logprobs: int, vocab_size: int) -> 
             "structured outputs (guided decoding) are not available in this version",
             "structured_outputs",
         )
-    if params.flat_logprobs:
-        raise UnsupportedError("flat_logprobs is not available in this version", "flat_logprobs")
+    for name in _UNSUPPORTED_PARAMS:
+        value = getattr(params, name)
+        if value is not None and value is not False:
+            raise UnsupportedError(f"{name} is not available in this version", name)
     _check_caps(params)
     for name in ("logprobs", "prompt_logprobs"):
         value = getattr(params, name)

@@ -96,6 +96,10 @@ class SamplingParams(msgspec.Struct, dict=True, omit_defaults=True):
     flat_logprobs: bool = False
     extra_args: dict[str, Any] | None = None
     skip_reading_prefix_cache: bool | None = None
+    skip_clone: bool = False  # changes nothing: the wire always gets a copy
+    trace_decode_token_ids: list[int] | None = None  # this and what follows: refused at admission
+    thinking_token_budget: int | None = None
+    repetition_detection: Any = None
 
     def __post_init__(self) -> None:
         """Check types, normalise, then check every range."""
@@ -264,6 +268,7 @@ _KINDS: dict[str, type | tuple[type, ...]] = {
     "flat_logprobs": bool,
     "extra_args": (dict, NoneType),
     "skip_reading_prefix_cache": (bool, NoneType),
+    "skip_clone": bool,
 }
 
 

@@ -222,6 +222,9 @@ def test_the_caps_themselves_are_allowed() -> None:
         pytest.param({"structured_outputs": StructuredOutputsParams(regex="a")}, id="guided"),
         pytest.param({"use_beam_search": True, "best_of": 2, "temperature": 0.0}, id="beam search"),
         pytest.param({"flat_logprobs": True}, id="flat logprobs"),
+        pytest.param({"trace_decode_token_ids": [1]}, id="forced tokens"),
+        pytest.param({"thinking_token_budget": 0}, id="thinking budget"),
+        pytest.param({"repetition_detection": {"max_pattern_size": 3}}, id="repetition"),
     ],
 )
 def test_features_this_version_lacks_are_refused_as_such(params: dict[str, Any]) -> None:
