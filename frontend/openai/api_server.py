@@ -164,7 +164,7 @@ async def detokenize_tokens(request: Request) -> Response:
     return json_response(await detokenize(_state(request), request))
 
 
-@router.post("/v1/embeddings")
+@router.post("/v1/embeddings", include_in_schema=False)
 async def embeddings(request: Request) -> Response:
     """Refused: this version generates text only."""
     raise UnsupportedError("pooling and embeddings are not supported by this version")

@@ -30,7 +30,7 @@ class TooLargeError(RequestError):
 
 
 class MediaTypeError(RequestError):
-    """The body is declared as something other than JSON."""
+    """The body is declared as something other than plain JSON."""
 
 
 class BodyTimeoutError(RequestError):

@@ -49,6 +49,9 @@ async def read_body(request: Request, kind: type[Body], state: ServerState) -> B
     content_type = request.headers.get("content-type", "application/json")
     if content_type.split(";", 1)[0].strip().lower() not in ("application/json", "text/json"):
         raise MediaTypeError(f"send the body as application/json, not as {content_type[:100]!r}")
+    coding = request.headers.get("content-encoding", "identity")
+    if coding.strip().lower() != "identity":
+        raise MediaTypeError(f"send the body as it is, not in Content-Encoding {coding[:100]!r}")
     try:
         async with asyncio.timeout(BODY_TIMEOUT_S):
             data = await _read_bounded(request)

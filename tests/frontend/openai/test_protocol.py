@@ -1,5 +1,6 @@
 """Bodies: wrong types, hostile numbers, caps. Whatever comes, the answer is never a 500."""
 
+import gzip
 import json
 from typing import Any
 
@@ -195,3 +196,11 @@ def test_the_body_must_be_declared_as_json_and_stay_below_the_limit() -> None:
     huge = {"content-type": "application/json", "content-length": str(33 << 20)}
     response = ask(app, "POST", "/v1/completions", content=text, headers=huge)
     assert response.status_code == 413
+
+
+def test_a_compressed_body_is_refused_for_what_it_is() -> None:
+    _, _, app = make_server()
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    response = ask(app, "POST", "/v1/completions", headers=headers, content=gzip.compress(b"{}"))
+    assert response.status_code == 415
+    assert "Content-Encoding 'gzip'" in response.json()["error"]["message"]
