@@ -56,7 +56,8 @@ def paged_attention(
         ValueError: a shape, layout, dtype or device that the kernel cannot take.
     """
     _check_tensors(q, key_cache, value_cache)
-    _check_requests(q, block_table, query_start_loc, seq_lens)
+    if memo is None or not memo.entries:  # else another layer had them checked
+        _check_requests(q, block_table, query_start_loc, seq_lens)
     if max_query_len < 0 or not 0 <= max_seq_len <= block_table.shape[1] * key_cache.shape[1]:
         raise ValueError(
             f"max_query_len {max_query_len} and max_seq_len {max_seq_len} do not fit "

@@ -121,14 +121,14 @@ class Attention(nn.Module):
         Args:
             rotary: None where positions are learned, and already added to ``hidden``.
         """
-        qkv = self.qkv_proj(hidden).unflatten(-1, (-1, self.head_dim))  # [T, N + 2K, D]
+        qkv = self.qkv_proj.forward(hidden).view(hidden.shape[0], -1, self.head_dim)
         num_heads, num_kv_heads = self.attend.num_heads, self.attend.num_kv_heads
-        qk, v = qkv.split((num_heads + num_kv_heads, num_kv_heads), dim=1)
+        qk, v = qkv[:, : num_heads + num_kv_heads], qkv[:, num_heads + num_kv_heads :]
         q, k = qk[:, :num_heads], qk[:, num_heads:]
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self.q_norm.forward(q), self.k_norm.forward(k)
             if rotary is not None:
                 q, k = rotary.rotate_pair(q, k)
         elif rotary is not None:
             q, k = rotary.rotate(qk, num_heads)
-        return self.o_proj(self.attend(q, k, v, kv_cache, meta))
+        return self.o_proj.forward(self.attend.forward(q, k, v, kv_cache, meta))

@@ -52,7 +52,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, H] -> [T, H], summed over the group."""
-        return self.down_proj(self.act(self.gate_up_proj(x)))
+        return self.down_proj.forward(self.act(self.gate_up_proj.forward(x)))
 
 
 class MLP(nn.Module):
