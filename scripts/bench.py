@@ -59,6 +59,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--streams", type=int, default=256, help="bus: streams at once")
     parser.add_argument("--port", type=int, default=8231)
     parser.add_argument("--peer", choices=["hf"], help="the same work by another engine, too")
+    parser.add_argument(
+        "--in-process", action="store_true", help="latency, throughput: no processes of our own"
+    )
     parser.add_argument("--rounds", type=int, default=1, help="repeats, interleaved with the peer")
     parser.add_argument("--output", help="file that the JSON lines are appended to")
     parser.add_argument("--plot", help="file for a bar chart (needs the extra `bench`)")
@@ -94,7 +97,9 @@ def run_latency(args: argparse.Namespace, report: "Report") -> None:
     """N requests at once, for each N."""
     for batch in args.batch:
         work = make_work(args, batch)
-        result = bench_offline.measure_latency(engine_options(args, max(batch, 8)), work)
+        result = bench_offline.measure_latency(
+            engine_options(args, max(batch, 8)), work, in_process=args.in_process
+        )
         report.add("latency", {"engine": "heliograph", "batch": batch} | result)
         if args.peer:
             report.add("latency", {"engine": "hf", "batch": batch} | _peer(args, work))
@@ -103,7 +108,9 @@ def run_latency(args: argparse.Namespace, report: "Report") -> None:
 def run_throughput(args: argparse.Namespace, report: "Report") -> None:
     """Everything submitted at once."""
     work = make_work(args, args.requests)
-    result = bench_offline.measure_throughput(engine_options(args, 256), work)
+    result = bench_offline.measure_throughput(
+        engine_options(args, 256), work, in_process=args.in_process
+    )
     report.add("throughput", {"engine": "heliograph"} | result)
     if args.peer:
         report.add("throughput", {"engine": "hf"} | _peer(args, work))

@@ -14,13 +14,13 @@ from frontend import LLM, EngineArgs, LLMEngine, SamplingParams
 Result = dict[str, Any]
 
 
-def measure_latency(args: dict[str, Any], work: Work) -> Result:
+def measure_latency(args: dict[str, Any], work: Work, *, in_process: bool) -> Result:
     """Step the engine by hand; the steady state runs from everyone's first token to the first end.
 
     Returns milliseconds per step (mean, p50, p99) and output tokens per second of the steady
     state and of the whole run.
     """
-    engine = LLMEngine.from_engine_args(EngineArgs(**args), enable_multiprocessing=True)
+    engine = LLMEngine.from_engine_args(EngineArgs(**args), enable_multiprocessing=not in_process)
     try:
         _run_engine(engine, Work(prompts=work.prompts, output_lens=[8] * len(work.prompts)), "warm")
         return _run_engine(engine, work, "run")
@@ -77,9 +77,13 @@ def _steady(arrivals: list[tuple[float, int]], start: float, end: float) -> Resu
     }
 
 
-def measure_throughput(args: dict[str, Any], work: Work) -> Result:
+def measure_throughput(args: dict[str, Any], work: Work, *, in_process: bool) -> Result:
     """All requests submitted at once through ``LLM.generate``, after a short warm-up."""
-    llm = LLM(**args)
+    llm = (
+        LLM.from_engine(LLMEngine.from_engine_args(EngineArgs(**args)))
+        if in_process
+        else LLM(**args)
+    )
     try:
         llm.generate(
             prompt_token_ids=work.prompts[:8],
