@@ -165,7 +165,8 @@ def read_processes(program: "subprocess.Popen[str]") -> list[psutil.Process]:
         pytest.param("os.kill(os.getpid(), signal.SIGKILL)", id="it is killed"),
         pytest.param("os.kill(os.getpid(), signal.SIGSEGV)", id="it crashes"),
         pytest.param(
-            "if os.fork() == 0: signal.alarm(15); signal.pause()\nos.kill(os.getpid(), signal.SIGKILL)",
+            "if os.fork() == 0: signal.alarm(15); signal.pause()\n"
+            "os.kill(os.getpid(), signal.SIGKILL)",
             id="it is killed while a forked copy holds its pipes",
         ),
     ],
