@@ -28,6 +28,7 @@ MAX_BRANCHES = 128
 MAX_STOP_STRINGS, MAX_STOP_CHARS = 16, 256
 MAX_LIST_ENTRIES = 1024  # stop_token_ids, logit_bias, bad_words
 _UNSUPPORTED_PARAMS = (
+    "extra_args",
     "flat_logprobs",
     "trace_decode_token_ids",
     "thinking_token_budget",

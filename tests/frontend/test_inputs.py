@@ -221,6 +221,7 @@ def test_the_caps_themselves_are_allowed() -> None:
     [
         pytest.param({"structured_outputs": StructuredOutputsParams(regex="a")}, id="guided"),
         pytest.param({"use_beam_search": True, "best_of": 2, "temperature": 0.0}, id="beam search"),
+        pytest.param({"extra_args": {"mine": 1}}, id="arguments for plugins"),
         pytest.param({"flat_logprobs": True}, id="flat logprobs"),
         pytest.param({"trace_decode_token_ids": [1]}, id="forced tokens"),
         pytest.param({"thinking_token_budget": 0}, id="thinking budget"),
