@@ -47,8 +47,9 @@ def attention_inputs(
     block_size: int = 16,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
+    stale: float = torch.nan,
 ) -> AttentionInputs:
-    """A step over scattered blocks. Everything that no request holds is NaN.
+    """A step over scattered blocks. Everything that no request holds is ``stale``.
 
     The block table is a slice of a wider one, and its unused entries point at such a block.
     """
@@ -64,9 +65,9 @@ def attention_inputs(
         table[b, : len(ids)] = ids
         if seq_lens[b] % block_size:
             for cache in caches:
-                cache[ids[-1], seq_lens[b] % block_size :] = torch.nan
+                cache[ids[-1], seq_lens[b] % block_size :] = stale
     for cache in caches:
-        cache[-1] = torch.nan
+        cache[-1] = stale
     starts = torch.tensor([0, *query_lens]).cumsum(0)
     step = Step(
         table.to(device)[:, :width],

@@ -53,9 +53,20 @@ def test_fused_norm_equals_definition_and_keeps_its_inputs(run, dtype: torch.dty
 
         expected = rms_norm.fused_add_rms_norm_reference(x, residual, weight, 1e-5, 0.0)
         assert_close(y, expected[0])
-        assert_close(h, expected[1])
+        assert_close(h.to(dtype), expected[1])
         assert torch.equal(x, before[0])
         assert torch.equal(residual, before[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cpu_keeps_the_residual_of_16_bit_models_in_float32(dtype: torch.dtype) -> None:
+    x, residual, weight = random(3, 40, dtype=dtype), random(3, 40, seed=1), random(40)
+
+    y, h = rms_norm.fused_add_rms_norm(x, residual, weight, 1e-5, weight_offset=1.0)
+
+    assert torch.equal(h, x.float() + residual)
+    assert y.dtype == dtype
+    assert_close(y, rms_norm.rms_norm_reference(h, weight, 1e-5, 1.0).to(dtype))
 
 
 def test_shapes_and_layouts_that_do_not_fit_are_refused() -> None:
@@ -67,7 +78,7 @@ def test_shapes_and_layouts_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="shapes differ"):
         rms_norm.fused_add_rms_norm(x, random(2, 8), weight, 1e-5)
     with pytest.raises(ValueError, match="residual is"):
-        rms_norm.fused_add_rms_norm(x, x.half(), weight, 1e-5)
+        rms_norm.fused_add_rms_norm(x.half(), x.bfloat16(), weight, 1e-5)
     with pytest.raises(ValueError, match="contiguous"):
         rms_norm.fused_add_rms_norm(x[:, :4], x[:, :4], random(4), 1e-5)
     assert rms_norm.rms_norm(x, weight, 1e-5).shape == (3, 8)
