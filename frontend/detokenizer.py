@@ -20,7 +20,7 @@ _REPLACEMENT = "\ufffd"
 class Detokenizer:
     """The text of one growing list of token ids."""
 
-    __slots__ = ("_clean_up", "_stream")
+    __slots__ = ("append", "finish")
 
     def __init__(
         self,
@@ -31,33 +31,28 @@ class Detokenizer:
     ) -> None:
         """Start after a prompt, which decides whether a leading space is text or padding."""
         pieces = tokenizer.pieces(skip_special_tokens)
-        self._stream: _Stream
+        stream: _Stream
         if isinstance(pieces, BytePieces):
-            self._stream = _ByteStream(pieces)
+            stream = _ByteStream(pieces)
         elif isinstance(pieces, TextPieces):
-            self._stream = _PieceStream(pieces, prompt_token_ids)
+            stream = _PieceStream(pieces, prompt_token_ids)
         elif tokenizer.is_fast:
-            self._stream = _WindowStream(
+            stream = _WindowStream(
                 lambda ids: tokenizer.decode_raw(ids, skip_special_tokens), prompt_token_ids
             )
         else:
-            self._stream = _WindowStream(
+            stream = _WindowStream(
                 lambda ids: tokenizer.decode(
                     ids, skip_special_tokens, spaces_between_special_tokens
                 ),
                 prompt_token_ids,
             )
-        self._clean_up = _CleanUp() if tokenizer.is_fast and tokenizer.cleans_up_spaces else None
-
-    def append(self, ids: Sequence[int]) -> str:
-        """Take in new ids; return the text that is now certain, possibly ""."""
-        text = self._stream.append(ids)
-        return text if self._clean_up is None else self._clean_up.append(text)
-
-    def finish(self) -> str:
-        """Return the rest: what was held back for ids that will not come."""
-        text = self._stream.finish()
-        return text if self._clean_up is None else self._clean_up.finish(text)
+        if tokenizer.is_fast and tokenizer.cleans_up_spaces:
+            stream = _CleanStream(stream)
+        # Takes in new ids; returns the text that is now certain, possibly "".
+        self.append: Callable[[Sequence[int]], str] = stream.append
+        # Returns the rest: what was held back for ids that will not come.
+        self.finish: Callable[[], str] = stream.finish
 
 
 class _Stream(Protocol):
@@ -69,13 +64,18 @@ class _Stream(Protocol):
 class _ByteStream:
     """Byte-level vocabularies: bytes in, UTF-8 out, the unfinished character kept."""
 
-    __slots__ = ("_pending", "_pieces")
+    __slots__ = ("_pending", "_pieces", "_texts")
 
     def __init__(self, pieces: BytePieces) -> None:
         self._pieces = pieces
+        self._texts = pieces.texts
         self._pending = b""
 
     def append(self, ids: Sequence[int]) -> str:
+        if len(ids) == 1 and not self._pending:
+            text = self._texts.get(ids[0])
+            if text is not None:
+                return text
         pieces = self._pieces
         new = pieces[ids[0]] if len(ids) == 1 else b"".join([pieces[i] for i in ids])
         data = self._pending + new if self._pending else new
@@ -106,6 +106,10 @@ class _PieceStream:
         self._num_strip = 0 if has_text else pieces.num_strip
 
     def append(self, ids: Sequence[int]) -> str:
+        if len(ids) == 1 and not (self._run or self._is_first or self._num_strip):
+            piece = self._pieces[ids[0]]
+            if isinstance(piece, str):
+                return piece
         parts = []
         for token_id in ids:
             piece = self._pieces[token_id]
@@ -193,25 +197,26 @@ class _WindowStream:
         return list(ids[-num_kept:])
 
 
-class _CleanUp:
-    """``clean_up_spaces`` on a stream.
+class _CleanStream:
+    """``clean_up_spaces`` on another stream.
 
     Text up to a character that occurs in none of the patterns cannot change any more.
     """
 
-    __slots__ = ("_held",)
+    __slots__ = ("_held", "_stream")
 
     _PATTERN_CHARACTERS = " .?!,'ntmsver"
 
-    def __init__(self) -> None:
+    def __init__(self, stream: _Stream) -> None:
+        self._stream = stream
         self._held = ""
 
-    def append(self, text: str) -> str:
-        text = self._held + text
+    def append(self, ids: Sequence[int]) -> str:
+        text = self._held + self._stream.append(ids)
         num_held = len(text) - len(text.rstrip(self._PATTERN_CHARACTERS))
         num_sure = len(text) - num_held
         self._held = text[num_sure:]
         return clean_up_spaces(text[:num_sure])
 
-    def finish(self, text: str) -> str:
-        return clean_up_spaces(self._held + text)
+    def finish(self) -> str:
+        return clean_up_spaces(self._held + self._stream.finish())

@@ -7,6 +7,7 @@ so their number is bounded.
 
 import time
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
@@ -63,11 +64,11 @@ class Histogram:
         self.counts = [0] * (len(bounds) + 1)
         self.sum = 0.0
 
-    def observe(self, value: float | None) -> None:
-        """Count one observation; None is none."""
+    def observe(self, value: float | None, times: int = 1) -> None:
+        """Count an observation; None is none."""
         if value is not None:
-            self.counts[bisect_left(self.bounds, value)] += 1
-            self.sum += value
+            self.counts[bisect_left(self.bounds, value)] += times
+            self.sum += value * times
 
     def cumulative(self) -> list[tuple[str, float]]:
         """(upper end, how many are at most that), as Prometheus wants them."""
@@ -150,8 +151,8 @@ class EngineMetrics:
         for seconds in iteration.time_to_first_token_s:
             observe_first(seconds)
         observe_gap = histograms["inter_token_latency_seconds"].observe
-        for seconds in iteration.inter_token_latency_s:
-            observe_gap(seconds)
+        for seconds, times in Counter(iteration.inter_token_latency_s).items():
+            observe_gap(seconds, times)  # streams of one step mostly have the same gap
         for request in iteration.finished:
             self._record_finished(request)
 

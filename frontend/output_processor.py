@@ -86,6 +86,7 @@ class OutputProcessor:
             kind = RequestOutputKind.FINAL_ONLY  # which branches count is known at the end
         arrival_s = message.arrival_time_s
         state = RequestState(
+            req_id=message.req_id,
             request_id=admitted.request_id,
             prompt=admitted.prompt,
             params=params,
@@ -114,12 +115,19 @@ class OutputProcessor:
         """
         result = StepResult(iteration=IterationStats() if self._log_stats else None)
         moved: dict[str, RequestState] = {}
-        states, epoch = self._states, message.epoch
+        states, epoch, iteration = self._states, message.epoch, result.iteration
         for output in message.outputs:
             state = states.get(output.req_id)
             if state is None or state.entry.epoch != epoch:
                 continue
-            if self._take_in(state, output, now_s, result):
+            before_s = state.append_plain(output, now_s)
+            if before_s is not None:
+                moved[output.req_id] = state
+                if iteration is not None:
+                    num_new = len(output.new_token_ids)
+                    iteration.num_generation_tokens += num_new
+                    _add_gaps(iteration, num_new, now_s - before_s)
+            elif self._take_in(state, output, now_s, result):
                 moved[output.req_id] = state
         for row in message.logits_rows:
             state = states.get(row.req_id)
@@ -303,8 +311,16 @@ def _count_tokens(
         iteration.time_to_first_token_s.append(max(0.0, now_s - state.metrics.arrival_time))
         num_later -= 1
     if last_token_s and num_later:
-        gap_s = max(0.0, now_s - last_token_s) / num_later
-        iteration.inter_token_latency_s.extend([gap_s] * num_later)
+        _add_gaps(iteration, num_later, now_s - last_token_s)
+
+
+def _add_gaps(iteration: IterationStats, num_later: int, since_s: float) -> None:
+    """Note the gaps of tokens that came ``since_s`` after the ones before them; a clock may jump."""
+    gap_s = since_s if since_s > 0.0 else 0.0
+    if num_later == 1:
+        iteration.inter_token_latency_s.append(gap_s)
+    else:
+        iteration.inter_token_latency_s.extend([gap_s / num_later] * num_later)
 
 
 def _gap(start_s: float | None, end_s: float | None) -> float | None:

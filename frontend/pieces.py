@@ -14,6 +14,7 @@ Any other decoder has no pieces, and ``compile_pieces`` says so with None.
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
@@ -22,10 +23,14 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9a-fA-F]{2})>")
 
 
 class BytePieces(dict[int, bytes]):
-    """Token id -> bytes, filled when first asked for. Skipped and unknown ids are b""."""
+    """Token id -> bytes, filled when first asked for. Skipped and unknown ids are b"".
+
+    ``texts`` holds, of those asked for, the ones that are whole characters, as text.
+    """
 
     def __init__(self, id_to_token: Callable[[int], str | None]) -> None:
         super().__init__()
+        self.texts: dict[int, str] = {}
         self._id_to_token = id_to_token
         self._byte_of = _byte_alphabet()
 
@@ -36,6 +41,8 @@ class BytePieces(dict[int, bytes]):
         except KeyError:  # an added token is written as plain text
             piece = token.encode()
         self[token_id] = piece
+        with suppress(UnicodeDecodeError):
+            self.texts[token_id] = piece.decode()
         return piece
 
 

@@ -47,9 +47,19 @@ class BranchState:
     new_pieces: list[str] = field(default_factory=list)  # text since the last taking
     num_taken_tokens: int = 0
     is_news: bool = False  # something happened since the last taking
+    is_plain: bool = False  # its next tokens bring text and nothing else, unless they end it
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     last_token_time_s: float = 0.0
+
+    @property
+    def has_only_text(self) -> bool:
+        """Whether all that its tokens lead to is text, as they come."""
+        return (
+            self.detokenizer is not None
+            and self.matcher is None
+            and self.cumulative_logprob is None
+        )
 
     def append(self, ids: list[int], output: EngineOutput, params: SamplingParams) -> int:
         """Take in new tokens; return how many count, less than all after a stop string."""
@@ -81,6 +91,7 @@ class BranchState:
         self.stop_reason = stop_reason
         self.record.is_finished = True
         self.is_news = True
+        self.is_plain = False
 
     def _match(self, ids: list[int], min_tokens: int) -> int | None:
         """Detokenise one by one, so that the token that completes a stop string is known."""
@@ -103,6 +114,7 @@ class BranchState:
 class RequestState:
     """A request from admission to its end. ``entry`` is its journal entry."""
 
+    req_id: str  # the name of the request on the wire
     request_id: str  # the caller's name for it
     prompt: str | None
     params: SamplingParams  # the caller's, not the wire's
@@ -117,11 +129,6 @@ class RequestState:
     num_unfinished: int = 0
     failure: EngineError | None = None  # why the request failed, as its caller is to be told
     is_news: bool = False
-
-    @property
-    def req_id(self) -> str:
-        """The name of the request on the wire."""
-        return self.entry.request.req_id
 
     @property
     def is_finished(self) -> bool:
@@ -156,7 +163,35 @@ class RequestState:
         elif output.finish_reason is not None:
             self._finish_branch(branch, output.finish_reason, output.stop_reason, now_s)
         self.is_news = True
+        branch.is_plain = branch.finish_reason is None and branch.has_only_text
         return num_new
+
+    def append_plain(self, output: EngineOutput, now_s: float) -> float | None:
+        """Take in the tokens of a running plain branch, as most outputs bring them.
+
+        Returns:
+            When the branch's tokens before these came; None when the output is anything else:
+            nothing was taken in, and it is for ``update``.
+        """
+        branch = self.branches[output.index]
+        token_ids = branch.record.token_ids
+        if (
+            not branch.is_plain
+            or output.finish_reason is not None
+            or output.first_index != len(token_ids)
+        ):
+            return None
+        new_ids = output.new_token_ids
+        assert branch.detokenizer is not None
+        if text := branch.detokenizer.append(new_ids):
+            branch.new_pieces.append(text)
+        token_ids += new_ids
+        branch.is_news = self.is_news = True
+        before_s = branch.last_token_time_s
+        metrics = self.metrics
+        metrics.num_generation_tokens += len(new_ids)
+        metrics.last_token_time = branch.last_token_time_s = now_s
+        return before_s
 
     def end(self, reason: FinishReason, now_s: float, failure: EngineError | None = None) -> None:
         """End every branch that still runs."""
@@ -193,6 +228,20 @@ class RequestState:
             num_cached_tokens=self.num_cached_tokens,
             error=None if self.failure is None else str(self.failure),
         )
+
+    def take_texts(self) -> list[tuple[int, str]]:
+        """The new text of each branch, by index, where that is all a stream shows.
+
+        The tokens stay untaken: they are in the next output.
+        """
+        self.is_news = False
+        texts = []
+        for branch in self.branches:
+            branch.is_news = False
+            if pieces := branch.new_pieces:
+                texts.append((branch.record.index, "".join(pieces)))
+                pieces.clear()
+        return texts
 
     def _take_branch(self, branch: BranchState, index: int) -> CompletionOutput:
         text = "".join(branch.new_pieces)
