@@ -13,6 +13,7 @@ different widths share a call where that is cheaper than two: there, unlike in f
 padding was never seen to change a bit of the result.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -36,18 +37,18 @@ _Ints = NDArray[np.int64]
 class _Run(NamedTuple):
     """Decoding requests that attend in one call, their keys padded to the same width."""
 
-    places: Tensor  # int64: the keys' slots [R * width], or their blocks [R * width / block_size]
-    block_size: int  # keys at a place: 1, or the cache's block size
+    places: Tensor  # [R * width / unit] int64: the keys' slots or blocks in the cache
+    unit: int  # keys at a place: 1, or the cache's block size
     mask: Tensor  # [R, 1, 1, width] in the queries' dtype: 0, or -inf for padding
 
 
-class _Decoding(NamedTuple):
-    """Requests with one query, sorted by padded width; all [R]."""
+class _Reach(NamedTuple):
+    """The keys of a request with one query."""
 
-    requests: _Ints  # rows of the block table
-    hidden: _Ints  # keys gathered before the first that is seen
-    seen: _Ints  # keys gathered up to the last that is seen
-    starts_at: _Ints  # position of the first key that is gathered
+    request: int  # row of the block table
+    starts_at: int  # position of the first key that is gathered
+    hidden: int  # keys gathered before the first that is seen
+    seen: int  # keys gathered up to the last that is seen
 
 
 class _Prefill(NamedTuple):
@@ -104,88 +105,91 @@ def _plan_of(
 
 
 def _make_plan(q: Tensor, step: Step, window: int | None, block_size: int, max_keys: int) -> _Plan:
-    starts, lens = step.query_start_loc.numpy().astype(np.int64), step.seq_lens.numpy()
-    num_queries = np.where(lens > 0, np.diff(starts), 0)
-    prefills = [
-        _Prefill(b, slice(int(starts[b]), int(starts[b + 1])), int(lens[b]))
-        for b in np.flatnonzero(num_queries > 1).tolist()
-    ]
-    decoding = np.flatnonzero(num_queries == 1)
-    if not decoding.size:
+    """Plain Python: a batch has few requests, and a call of numpy costs as much as ten of them."""
+    starts, lens = step.query_start_loc.tolist(), step.seq_lens.tolist()
+    decoding: list[int] = []
+    prefills = []
+    for b, seq_len in enumerate(lens):
+        num_queries = starts[b + 1] - starts[b] if seq_len > 0 else 0
+        if num_queries == 1:
+            decoding.append(b)
+        elif num_queries > 1:
+            prefills.append(_Prefill(b, slice(starts[b], starts[b + 1]), seq_len))
+    if not decoding:
         return _Plan([], None, prefills)
-    by_block = q.dtype == torch.bfloat16
-    seen = lens[decoding].astype(np.int64)
-    firsts = np.zeros_like(seen) if window is None else np.maximum(seen - window, 0)
-    starts_at = firsts - firsts % block_size if by_block else firsts
-    seen -= starts_at
-    widths = _pad_widths(seen)
-    order = np.argsort(widths, kind="stable")
-    decoding, widths = decoding[order], widths[order]
-    requests = _Decoding(decoding, firsts[order] - starts_at[order], seen[order], starts_at[order])
+    unit = block_size if q.dtype == torch.bfloat16 else 1  # keys gathered together
+    reaches = [_reach(b, lens[b], window, unit) for b in decoding]
+    widths = [_pad_width(reach.seen) for reach in reaches]
+    if unit > 1:
+        widths = _merge_widths(widths)
+    order = sorted(range(len(widths)), key=widths.__getitem__)
     block_table = step.block_table.numpy()
     runs = []
-    for start, end in _cut_runs(_merge_widths(widths) if by_block else widths, max_keys):
-        few = _Decoding(*(column[start:end] for column in requests))
-        width = int(widths[end - 1])
-        find = _blocks_of if by_block else _slots_of
-        places = torch.from_numpy(find(few, width, block_table, block_size).reshape(-1))
-        mask = torch.from_numpy(_mask_of(few, width))[:, None, None].to(q.dtype)
-        runs.append(_Run(places, block_size if by_block else 1, mask))
-    rows = starts[decoding]
-    in_order = rows.size == q.shape[0] and bool((rows == np.arange(rows.size)).all())
-    return _Plan(runs, None if in_order else torch.from_numpy(rows), prefills)
+    for width, few in _cut_runs([widths[i] for i in order], [reaches[i] for i in order], max_keys):
+        places, mask = _place_keys(few, width, block_table, block_size, unit)
+        runs.append(_Run(torch.from_numpy(places), unit, torch.from_numpy(mask).to(q.dtype)))
+    rows = [starts[decoding[i]] for i in order]
+    in_order = rows == list(range(q.shape[0]))
+    return _Plan(runs, None if in_order else torch.tensor(rows), prefills)
 
 
-def _slots_of(few: _Decoding, width: int, block_table: _Ints, block_size: int) -> _Ints:
-    """[R, width]: the slot of each key; padding repeats the last."""
-    positions = few.starts_at[:, None] + np.minimum(np.arange(width), few.seen[:, None] - 1)
-    slots: _Ints = block_table[few.requests[:, None], positions // block_size] * np.int64(
-        block_size
-    )
-    return slots + positions % block_size
+def _reach(request: int, seq_len: int, window: int | None, unit: int) -> _Reach:
+    """Which keys to gather for one query, from a multiple of ``unit`` on."""
+    first = 0 if window is None else max(0, seq_len - window)
+    starts_at = first - first % unit
+    return _Reach(request, starts_at, first - starts_at, seq_len - starts_at)
 
 
-def _blocks_of(few: _Decoding, width: int, block_table: _Ints, block_size: int) -> _Ints:
-    """[R, width / block_size]: the block of so many keys; padding repeats the last."""
-    lasts = (few.seen[:, None] - 1) // block_size
-    numbers = np.minimum(np.arange(width // block_size), lasts)
-    first_numbers = few.starts_at[:, None] // block_size
-    return block_table[few.requests[:, None], first_numbers + numbers].astype(np.int64)
+def _place_keys(
+    few: list[_Reach], width: int, block_table: _Ints, block_size: int, unit: int
+) -> tuple[_Ints, NDArray[np.float32]]:
+    """Where the keys of a run are, in units [R * width / unit], and their mask [R, 1, 1, width].
+
+    Padding repeats the last unit.
+    """
+    request, starts_at, hidden, seen = np.array(few, dtype=np.int64).T[:, :, None]
+    numbers = np.minimum(np.arange(width // unit), (seen - 1) // unit) + starts_at // unit
+    if unit == 1:
+        slots = block_table[request, numbers // block_size] * np.int64(block_size)
+        places = slots + numbers % block_size
+    else:
+        places = block_table[request, numbers].astype(np.int64)
+    columns = np.arange(width)
+    is_seen = (columns < seen) & (columns >= hidden)
+    mask = np.where(is_seen, np.float32(0), np.float32(-np.inf))
+    return places.reshape(-1), mask[:, None, None]
 
 
-def _mask_of(few: _Decoding, width: int) -> NDArray[np.float32]:
-    """[R, width]: 0 where a request sees the key, else -inf."""
-    places = np.arange(width)
-    is_seen = (places < few.seen[:, None]) & (places >= few.hidden[:, None])
-    return np.where(is_seen, np.float32(0), np.float32(-np.inf))
-
-
-def _pad_widths(seen: _Ints) -> _Ints:
+def _pad_width(seen: int) -> int:
     """Few widths, so that many requests share one, and at most an eighth more from 512 keys on."""
-    unit = np.where(seen <= 512, 64, np.where(seen <= 1024, 128, 256))
+    unit = 64 if seen <= 512 else 128 if seen <= 1024 else 256
     return -(-seen // unit) * unit
 
 
-def _merge_widths(widths: _Ints) -> _Ints:
-    """Raise sorted widths to a wider one where the padding costs less than a call of their own."""
-    merged = widths.copy()
-    values, firsts, counts = np.unique(widths, return_index=True, return_counts=True)
-    target = values[-1]
-    for value, first, count in list(zip(values, firsts, counts, strict=True))[-2::-1]:
-        if (target - value) * count <= _KEYS_PER_CALL:
-            merged[first : first + count] = target
-        else:
-            target = value
-    return merged
+def _merge_widths(widths: list[int]) -> list[int]:
+    """Raise widths to a wider one where the padding costs less than a call of their own."""
+    distinct = sorted(set(widths), reverse=True)
+    if len(distinct) == 1:
+        return widths
+    target = distinct[0]
+    targets = {target: target}
+    for width in distinct[1:]:
+        if (target - width) * widths.count(width) > _KEYS_PER_CALL:
+            target = width
+        targets[width] = target
+    return [targets[width] for width in widths]
 
 
-def _cut_runs(widths: _Ints, max_keys: int) -> Iterator[tuple[int, int]]:
-    """Cut sorted widths into runs [start, end) of one width and at most ``max_keys`` in all."""
-    for width in np.unique(widths).tolist():
-        first, last = np.searchsorted(widths, (width, width + 1)).tolist()
-        count = max(1, max_keys // width)
-        for start in range(first, last, count):
-            yield start, min(start + count, last)
+def _cut_runs(
+    widths: list[int], reaches: list[_Reach], max_keys: int
+) -> Iterator[tuple[int, list[_Reach]]]:
+    """Cut requests, sorted by width, into runs of one width and at most ``max_keys`` in all."""
+    start = 0
+    while start < len(widths):
+        width = widths[start]
+        end = min(bisect_right(widths, width), start + max(1, max_keys // width))
+        yield width, reaches[start:end]
+        start = end
 
 
 def _decode(q: Tensor, caches: _Caches, runs: list[_Run], options: Options) -> Tensor:
@@ -197,9 +201,11 @@ def _decode(q: Tensor, caches: _Caches, runs: list[_Run], options: Options) -> T
     queries = q.view(q.shape[0], K, -1, D)
     outs = []
     start = 0
-    for places, block_size, mask in runs:
+    keys, values = caches
+    for places, unit, mask in runs:
         shape = (mask.shape[0], mask.shape[-1], K, D)
-        keys, values = (cache.view(-1, block_size * K * D) for cache in caches)
+        if unit == 1:
+            keys, values = keys.view(-1, K, D), values.view(-1, K, D)
         k = keys.index_select(0, places).view(shape).transpose(1, 2)
         v = values.index_select(0, places).view(shape).transpose(1, 2)
         end = start + shape[0]

@@ -57,8 +57,10 @@ def fused_add_rms_norm(
         raise ValueError(f"shapes differ: {x.shape}, {residual.shape}, {weight.shape}")
     if x.dtype != residual.dtype and (x.is_cuda or residual.dtype != torch.float32):
         raise ValueError(f"x is {x.dtype} and residual is {residual.dtype}")
-    if not all(t.is_contiguous() and t.device == x.device for t in (x, residual, weight)):
-        raise ValueError("x, residual and weight must be contiguous and on one device")
+    if not (x.is_contiguous() and residual.is_contiguous() and weight.is_contiguous()):
+        raise ValueError("x, residual and weight must be contiguous")
+    if not x.device == residual.device == weight.device:
+        raise ValueError("x, residual and weight must be on one device")
     run = fused_add_rms_norm_triton if x.is_cuda else fused_add_rms_norm_cpu
     return run(x, residual, weight, eps, weight_offset)
 

@@ -33,9 +33,10 @@ def store_kv_cache(
         raise ValueError("a cache has four dimensions, and slot_mapping is int64")
     if not (key_cache.is_contiguous() and value_cache.is_contiguous()):
         raise ValueError("the caches must be contiguous")
-    if any(t.stride()[1:] != (t.shape[2], 1) for t in (k, v) if t.numel()):
+    rows = (k.shape[2], 1)
+    if (k.stride()[1:] != rows or v.stride()[1:] != rows) and k.numel():
         raise ValueError(f"a token's k and v must be contiguous: {k.stride()}, {v.stride()}")
-    if any(t.device != k.device for t in (v, key_cache, value_cache, slot_mapping)):
+    if not k.device == v.device == key_cache.device == value_cache.device == slot_mapping.device:
         raise ValueError("all tensors must be on one device")
     run = store_kv_cache_triton if k.is_cuda else store_kv_cache_cpu
     run(k, v, key_cache, value_cache, slot_mapping)
