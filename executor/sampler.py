@@ -7,8 +7,6 @@ from its own tokens, and the draw's noise depends on its seed, position and toke
 Shapes: S rows that sample, V vocabulary.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,18 +16,7 @@ from executor.request_states import RequestStates
 from executor.sampling_states import DRAWN, EDITS, Wish
 from executor.transfer import Array, upload_all
 from kernels.logits import apply_bitmask, apply_penalties, apply_token_bias, has_nan
-from kernels.sampling import sample
-
-# Edits that can leave a row without any token to draw.
-_BANS = Wish.BIAS | Wish.ALLOWED | Wish.BAD_WORDS | Wish.MIN_TOKENS
-
-
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """The draw of one step, on the device."""
-
-    token_ids: Tensor  # [S] int64
-    is_bad: Tensor  # [S] bool: NaN among the logits, or no token was left to draw
+from kernels.sampling import Sampled, sample
 
 
 def sample_rows(logits: Tensor, places: SamplePlaces, states: RequestStates) -> Sampled:
@@ -41,15 +28,17 @@ def sample_rows(logits: Tensor, places: SamplePlaces, states: RequestStates) -> 
     wishes = places.wishes & DRAWN
     if not wishes:
         return _greedy(logits)
-    is_bad = has_nan(logits)
-    if wishes & EDITS:
-        process_logits(logits, places.rows, states)
-    if wishes & _BANS:
-        is_bad = is_bad | (logits.amax(dim=-1) == -torch.inf)
-    if not wishes & Wish.RANDOM:
-        return Sampled(_greedy(logits).token_ids, is_bad)
+    if not wishes & EDITS:
+        return _draw(logits, places, states)
+    has_bad_logit = has_nan(logits)  # before a ban hides it
+    process_logits(logits, places.rows, states)
+    sampled = _draw(logits, places, states) if wishes & Wish.RANDOM else _greedy(logits)
+    return sampled._replace(is_bad=sampled.is_bad | has_bad_logit)
+
+
+def _draw(logits: Tensor, places: SamplePlaces, states: RequestStates) -> Sampled:
     params = states.sampling.gather(places.rows_on_device)
-    token_ids = sample(
+    return sample(
         logits,
         temperature=params.temperature,
         top_k=params.top_k,
@@ -57,19 +46,19 @@ def sample_rows(logits: Tensor, places: SamplePlaces, states: RequestStates) -> 
         min_p=params.min_p,
         seeds=params.seeds,
         positions=places.positions,
-        any_filter=bool(wishes & Wish.FILTERS),
+        any_filter=bool(places.wishes & Wish.FILTERS),
     )
-    return Sampled(token_ids, is_bad)
 
 
 def _greedy(logits: Tensor) -> Sampled:
     """The best token of each row; a NaN counts as the maximum of its row."""
     if logits.is_cuda:
         best = logits.max(dim=-1)
-        return Sampled(best.indices, best.values.isnan())
+        return Sampled(best.indices, ~(best.values > -torch.inf))
     # On a CPU numpy finds the place of a maximum some twenty times as fast as torch 2.13.
     token_ids = torch.from_numpy(logits.numpy().argmax(axis=-1))
-    return Sampled(token_ids, logits.gather(1, token_ids.unsqueeze(1)).squeeze(1).isnan())
+    best_logits = logits.gather(1, token_ids.unsqueeze(1)).squeeze(1)
+    return Sampled(token_ids, ~(best_logits > -torch.inf))
 
 
 def process_logits(logits: Tensor, rows: Array, states: RequestStates) -> None:

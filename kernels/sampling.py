@@ -1,32 +1,40 @@
 """From logits to token ids: temperature, min-p, top-k, top-p, then one draw by Gumbel-max.
 
-The noise of a draw is a pure function of (request seed, token position, token id), so a result
-depends neither on batch mates nor on the order of steps, and a restarted request draws the same.
-
 What the filters keep, in their order, for x = logits / temperature:
   min_p  tokens with exp(x - max x) >= min_p;
   top_k  of those, the tokens not below the k-th largest;
   top_p  of those, renormalised, each token whose strictly likelier ones sum to less than top_p.
 So each filter is a threshold: tokens of exactly equal logits stay or go together, and the
-likeliest token always stays. The draw is argmax(x + g) with g = -log(-log u), u uniform; a
+likeliest token always stays. The draw is argmax(x + g) with the noise g of ``kernels.gumbel``; a
 temperature below 1e-5 is plain argmax. Of equal candidates the lowest id wins.
+
+On a GPU a row without filters is read once, by as many programs as fill the device; they leave
+the best of each chunk to one more, small kernel. The device decides which rows are greedy, random
+or filtered (``kernels.sampling_filters``), so nothing waits for it and a graph can hold it all.
 Shapes: B rows, V vocabulary.
 
-Sources: Gumbel-max, Gumbel (1954); min-p, Nguyen et al., arXiv:2407.01082; the multipliers of
-the hash's mixing step are Wellons', https://nullprogram.com/blog/2018/07/31/.
+Source: min-p, Nguyen et al., arXiv:2407.01082.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.sampling_cpu import GREEDY_BELOW, Rows, greedy_cpu, gumbel_noise_cpu, sample_cpu
+from kernels import dependent_launch
+from kernels.gumbel import gumbel_noise_reference, noise_bits, noise_bound, noise_keys, noise_of
+from kernels.sampling_cpu import GREEDY_BELOW, Rows, sample_cpu
+from kernels.sampling_filters import apply_filters_triton
 
-_MASK = 0xFFFFFFFF
-_DRAW_CHUNK = 4096
+
+class Sampled(NamedTuple):
+    """The draw of one step, on the logits' device."""
+
+    token_ids: Tensor  # [B] int64
+    is_bad: Tensor  # [B] bool: NaN among the logits, or no token was left to draw
 
 
 def sample(
@@ -38,22 +46,21 @@ def sample(
     min_p: Tensor,
     seeds: Tensor,
     positions: Tensor,
-    any_random: bool = True,
     any_filter: bool = True,
-) -> Tensor:
-    """Return one token id per row, [B] int64; the logits are left as they are.
+) -> Sampled:
+    """Draw one token per row; the logits are left as they are.
+
+    The id of a bad row means nothing, but is within V.
 
     Args:
-        logits: [B, V] float32, contiguous, without NaN. -inf is never drawn, unless a whole row
-            is: it returns 0.
+        logits: [B, V] float32, contiguous. -inf is never drawn.
         temperature: [B] float32.
         top_k: [B] int32, 0 is off.
         top_p, min_p: [B] float32, 1 and 0 are off.
         seeds: [B] int64, any bits.
         positions: [B] int64, the position of the token that is drawn.
-        any_random: False promises that every row is greedy. Known to the host, so nothing waits
-            for the device.
-        any_filter: False promises that no random row has a filter on.
+        any_filter: False promises that no random row has a filter on, and spares the launches
+            that would find out.
 
     Raises:
         ValueError: a shape, layout, dtype or device that the kernel cannot take.
@@ -61,11 +68,11 @@ def sample(
     if logits.ndim != 2 or logits.shape[1] == 0 or logits.dtype != torch.float32:
         raise ValueError(f"logits must be [B, V] float32, not {logits.shape}, {logits.dtype}")
     _check_rows(logits.shape[0], logits, temperature, top_k, top_p, min_p, seeds, positions)
-    if not any_random:
-        return logits.argmax(dim=1) if logits.is_cuda else greedy_cpu(logits)
     rows = Rows(temperature, top_k, top_p, min_p, seeds, positions)
-    run = sample_triton if logits.is_cuda else sample_cpu
-    return run(logits, rows, any_filter)
+    if logits.is_cuda:
+        return sample_triton(logits, rows, any_filter)
+    is_bad = ~(logits.amax(dim=1) > -torch.inf)  # torch's maximum carries a NaN through
+    return Sampled(sample_cpu(logits, rows, any_filter), is_bad)
 
 
 def _check_rows(B: int, logits: Tensor, *per_row: Tensor) -> None:
@@ -77,56 +84,8 @@ def _check_rows(B: int, logits: Tensor, *per_row: Tensor) -> None:
         raise ValueError("all tensors must be contiguous and on one device")
 
 
-def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """Return the noise of each draw, [B, vocab_size] float32, for [B] int64 seeds and positions.
-
-    Raises:
-        ValueError: a shape, layout, dtype or device that the kernel cannot take.
-    """
-    if seeds.ndim != 1 or seeds.shape != positions.shape or vocab_size < 1:
-        raise ValueError(f"seeds and positions must be [B]: {seeds.shape}, {positions.shape}")
-    if seeds.dtype != torch.int64 or positions.dtype != torch.int64:
-        raise ValueError(f"seeds and positions must be int64: {seeds.dtype}, {positions.dtype}")
-    if seeds.device != positions.device:
-        raise ValueError("seeds and positions must be on one device")
-    if not (seeds.is_contiguous() and positions.is_contiguous()):
-        raise ValueError("seeds and positions must be contiguous")
-    run = gumbel_noise_triton if seeds.is_cuda else gumbel_noise_cpu
-    return run(seeds, positions, vocab_size)
-
-
-def _mix_reference(x: Tensor) -> Tensor:
-    """Scatter 32 bits held in an int64; each input bit reaches each output bit."""
-    x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & _MASK
-    x = x ^ (x >> 15)
-    x = (x * 0x846CA68B) & _MASK
-    return x ^ (x >> 16)
-
-
-def noise_bits_reference(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """The definition of the random bits, [B, vocab_size], uint32 values held in int64.
-
-    Two 32-bit keys come from (seed, position); the token id is mixed with one, then the other.
-    """
-    low, high, position = seeds & _MASK, (seeds >> 32) & _MASK, positions & _MASK
-    key_a, key_b = _mix_reference(position ^ 0x3C6EF372), _mix_reference(low ^ 0xA54FF53A)
-    for a, b in ((low, high), (high, position)):
-        key_a, key_b = _mix_reference(key_a ^ a), _mix_reference(key_b ^ b)
-    token_ids = torch.arange(vocab_size, device=seeds.device)
-    x = (token_ids * 0x9E3779B9 + key_a.unsqueeze(1)) & _MASK
-    return _mix_reference(_mix_reference(x) ^ key_b.unsqueeze(1))
-
-
-def gumbel_noise_reference(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """The definition: u from the upper 24 bits, the last of them set so that 0 < u < 1."""
-    bits = noise_bits_reference(seeds, positions, vocab_size)
-    u = ((bits >> 8) | 1).float() * 2.0**-24
-    return -torch.log(-torch.log(u))
-
-
 def sample_reference(logits: Tensor, rows: Rows) -> Tensor:
-    """The definition: one row after the other, with a full sort."""
+    """The definition of the ids, of rows that are not bad: one by one, with a full sort."""
     V = logits.shape[1]
     temperature, top_k, top_p, min_p, seeds, positions = rows
     noise = gumbel_noise_reference(seeds, positions, V)
@@ -146,6 +105,11 @@ def sample_reference(logits: Tensor, rows: Rows) -> Tensor:
     return token_ids
 
 
+def is_bad_reference(logits: Tensor) -> Tensor:
+    """The definition of a bad row."""
+    return logits.isnan().any(dim=1) | (logits == -torch.inf).all(dim=1)
+
+
 def _top_p_reference(x: Tensor, top_p: float) -> Tensor:
     weights = torch.exp((x - x.max()).double())
     values, order = torch.sort(x, descending=True)
@@ -161,236 +125,162 @@ def _log(value: float) -> float:
     return math.log(value) if value > 0.0 else -math.inf
 
 
-def gumbel_noise_triton(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """Launch the noise alone: one program for 1024 tokens of a row."""
-    B = seeds.shape[0]
-    noise = torch.empty((B, vocab_size), dtype=torch.float32, device=seeds.device)
-    if B:
-        _noise_kernel[(B, triton.cdiv(vocab_size, 1024))](
-            seeds, positions, noise, vocab_size, BLOCK_V=1024, num_warps=4
-        )
-    return noise
-
-
-def sample_triton(logits: Tensor, rows: Rows, any_filter: bool) -> Tensor:
-    """Launch the kernels: a threshold per row when a filter may be on, then the draw.
-
-    The threshold is found without sorting, by bisection over the row. The draw runs over
-    chunks of a row, whose winners meet in a last, small kernel.
-    """
+def sample_triton(logits: Tensor, rows: Rows, any_filter: bool) -> Sampled:
+    """Launch the kernels: the filters when one may be on, then the draw of what they leave."""
     B, V = logits.shape
-    token_ids = torch.empty(B, dtype=torch.int64, device=logits.device)
+    device = logits.device
+    sampled = Sampled(
+        torch.empty(B, dtype=torch.int64, device=device),
+        torch.empty(B, dtype=torch.bool, device=device),
+    )
     if B == 0:
-        return token_ids
-    thresholds = torch.empty(B, dtype=torch.float32, device=logits.device)
+        return sampled
+    floors = rows.temperature  # not read without filters
     if any_filter:
-        _threshold_kernel[(B,)](
-            logits,
-            rows.temperature,
-            rows.top_k,
-            rows.top_p,
-            rows.min_p,
-            thresholds,
-            V,
-            BLOCK_V=8192,
-            num_warps=16,
-        )
-    chunks = triton.cdiv(V, _DRAW_CHUNK)
-    best = torch.empty((B, chunks), dtype=torch.float32, device=logits.device)
-    best_ids = torch.empty((B, chunks), dtype=torch.int32, device=logits.device)
-    _draw_kernel[(B, chunks)](
+        floors = apply_filters_triton(logits, rows, sampled.token_ids, sampled.is_bad)
+    chunk, num_warps = _chunk(B, V)
+    num_chunks = triton.cdiv(V, chunk)
+    best = torch.empty((B, num_chunks), dtype=torch.float32, device=device)
+    best_ids = torch.empty((B, num_chunks), dtype=torch.int32, device=device)
+    options = {"PDL": dependent_launch.is_on(), "FILTER": any_filter}
+    if dependent_launch.is_on():
+        options["launch_pdl"] = True
+    _draw_kernel[(B, num_chunks)](
         logits,
         rows.temperature,
-        thresholds,
+        floors,
         rows.seeds,
         rows.positions,
         best,
         best_ids,
         V,
-        FILTER=any_filter,
-        BLOCK_V=_DRAW_CHUNK,
-        num_warps=8,
+        CHUNK=chunk,
+        num_warps=num_warps,
+        enable_fp_fusion=False,  # product and sum are rounded apart, as in the definition
+        **options,
     )
-    block_c = triton.next_power_of_2(chunks)
-    _pick_kernel[(B,)](best, best_ids, token_ids, chunks, BLOCK_C=block_c, num_warps=1)
-    return token_ids
+    _pick_kernel[(B,)](
+        best,
+        best_ids,
+        floors,
+        sampled.token_ids,
+        sampled.is_bad.view(torch.int8),
+        V,
+        CHUNK=chunk,
+        BLOCK_C=triton.next_power_of_2(num_chunks),
+        num_warps=1,
+        **options,
+    )
+    return sampled
 
 
-@triton.jit
-def _mix(x):  # type: ignore[no-untyped-def]
-    x = x ^ (x >> 16)
-    x = x * 0x7FEB352D
-    x = x ^ (x >> 15)
-    x = x * 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def _gumbel(seed, position, token_ids):  # type: ignore[no-untyped-def]
-    """The noise of [BLOCK] token ids in one draw; all integers wrap at 32 bits."""
-    low = seed.to(tl.uint32)
-    high = (seed >> 32).to(tl.uint32)
-    place = position.to(tl.uint32)
-    key_a = _mix(_mix(_mix(place ^ 0x3C6EF372) ^ low) ^ high)
-    key_b = _mix(_mix(_mix(low ^ 0xA54FF53A) ^ high) ^ place)
-    x = token_ids.to(tl.uint32) * 0x9E3779B9 + key_a
-    bits = _mix(_mix(x) ^ key_b)
-    u = ((bits >> 8) | 1).to(tl.float32) * 5.9604644775390625e-08
-    return -tl.log(-tl.log(u))
-
-
-@triton.jit
-def _noise_kernel(seeds_ptr, positions_ptr, noise_ptr, V, BLOCK_V: tl.constexpr):  # type: ignore[no-untyped-def]
-    row = tl.program_id(0).to(tl.int64)  # int64: B * V may pass 2**31
-    token_ids = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    noise = _gumbel(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), token_ids)
-    tl.store(noise_ptr + row * V + token_ids, noise, token_ids < V)
-
-
-@triton.jit
-def _smallest_kept(  # type: ignore[no-untyped-def]
-    logits_row_ptr,
-    V,
-    inverse_temperature,
-    lowest,
-    largest,
-    target,
-    BY_WEIGHT: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """The smallest value at or above ``lowest`` whose strictly larger ones stay below ``target``.
-
-    They are counted, or with BY_WEIGHT summed as exp(x - largest). Bisection: both ends move to
-    values of the row, so it ends as soon as one is left.
-    """
-    low = lowest
-    high = largest
-    cols = tl.arange(0, BLOCK_V)
-    while low < high:
-        middle = low + (high - low) * 0.5
-        middle = tl.where(middle > low, middle, high)
-        mass = tl.zeros((BLOCK_V,), tl.float32)
-        above = tl.full((BLOCK_V,), float("inf"), tl.float32)
-        below = tl.full((BLOCK_V,), float("-inf"), tl.float32)
-        for start in range(0, V, BLOCK_V):
-            inside = start + cols < V
-            x = tl.load(logits_row_ptr + start + cols, inside, other=float("-inf"))
-            x = x * inverse_temperature
-            is_above = x >= middle
-            if BY_WEIGHT:
-                mass += tl.where(is_above, tl.exp(x - largest), 0.0)
-            else:
-                mass += tl.where(is_above, 1.0, 0.0)
-            above = tl.minimum(above, tl.where(is_above, x, float("inf")))
-            below = tl.maximum(below, tl.where(is_above, float("-inf"), x))
-        if tl.sum(mass, axis=0) >= target:
-            low = tl.min(above, axis=0)
-        else:
-            high = tl.max(below, axis=0)
-    return low
-
-
-@triton.jit
-def _threshold_kernel(  # type: ignore[no-untyped-def]
-    logits_ptr,
-    temperature_ptr,
-    top_k_ptr,
-    top_p_ptr,
-    min_p_ptr,
-    thresholds_ptr,
-    V,
-    BLOCK_V: tl.constexpr,
-):
-    """The smallest value of logits / temperature that a row's filters keep; -inf without any."""
-    row = tl.program_id(0).to(tl.int64)  # int64: B * V may pass 2**31
-    temperature = tl.load(temperature_ptr + row)
-    top_k = tl.load(top_k_ptr + row)
-    top_p = tl.load(top_p_ptr + row)
-    min_p = tl.load(min_p_ptr + row)
-    threshold = float("-inf")
-    by_count = (top_k > 0) & (top_k < V)
-    if (temperature >= 1e-5) & (by_count | (top_p < 1.0) | (min_p > 0.0)):
-        inverse_temperature = tl.math.div_rn(1.0, temperature)
-        logits_row_ptr = logits_ptr + row * V
-        cols = tl.arange(0, BLOCK_V)
-        above = tl.full((BLOCK_V,), float("inf"), tl.float32)
-        below = tl.full((BLOCK_V,), float("-inf"), tl.float32)
-        for start in range(0, V, BLOCK_V):
-            inside = start + cols < V
-            x = tl.load(logits_row_ptr + start + cols, inside, other=float("-inf"))
-            x = x * inverse_temperature
-            below = tl.maximum(below, x)
-            above = tl.minimum(above, tl.where(x > float("-inf"), x, float("inf")))
-        largest = tl.max(below, axis=0)
-        threshold = tl.min(above, axis=0)
-        if min_p > 0.0:
-            threshold = tl.maximum(threshold, largest + tl.log(min_p))
-        if by_count:
-            threshold = _smallest_kept(
-                logits_row_ptr,
-                V,
-                inverse_temperature,
-                threshold,
-                largest,
-                top_k.to(tl.float32),
-                False,
-                BLOCK_V,
-            )
-        if top_p < 1.0:
-            mass = tl.zeros((BLOCK_V,), tl.float32)
-            for start in range(0, V, BLOCK_V):
-                inside = start + cols < V
-                x = tl.load(logits_row_ptr + start + cols, inside, other=float("-inf"))
-                x = x * inverse_temperature
-                mass += tl.where(x >= threshold, tl.exp(x - largest), 0.0)
-            threshold = _smallest_kept(
-                logits_row_ptr,
-                V,
-                inverse_temperature,
-                threshold,
-                largest,
-                top_p * tl.sum(mass, axis=0),
-                True,
-                BLOCK_V,
-            )
-    tl.store(thresholds_ptr + row, threshold)
+def _chunk(B: int, V: int) -> tuple[int, int]:
+    """How many tokens a program looks at, and with how many warps."""
+    return (1024, 4) if B * V <= 1 << 20 else (4096, 4)
 
 
 @triton.jit
 def _draw_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,
     temperature_ptr,
-    thresholds_ptr,
+    floors_ptr,
     seeds_ptr,
     positions_ptr,
     best_ptr,
     best_ids_ptr,
     V,
     FILTER: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    """The best token of a chunk of a row; a NaN is better than anything.
+
+    The noise itself is two logarithms, so each token first gets a bound of it, and the noise is
+    made for the tokens whose bound reaches the best value so far: seldom more than one.
+    """
     row = tl.program_id(0).to(tl.int64)  # int64: B * V may pass 2**31
-    chunk = tl.program_id(1)
-    token_ids = chunk * BLOCK_V + tl.arange(0, BLOCK_V)
-    x = tl.load(logits_ptr + row * V + token_ids, token_ids < V, other=float("-inf"))
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     temperature = tl.load(temperature_ptr + row)
-    if temperature >= 1e-5:
-        x = x * tl.math.div_rn(1.0, temperature)
-        noise = _gumbel(tl.load(seeds_ptr + row), tl.load(positions_ptr + row), token_ids)
-        noisy = x + noise
-        if FILTER:
-            noisy = tl.where(x >= tl.load(thresholds_ptr + row), noisy, float("-inf"))
-        x = noisy
-    best, place = tl.max(x, axis=0, return_indices=True)
-    at = row * tl.num_programs(1) + chunk
-    tl.store(best_ptr + at, best)
-    tl.store(best_ids_ptr + at, chunk * BLOCK_V + place)
+    is_random = temperature >= 1e-5
+    floor = float("-inf")
+    if FILTER:
+        floor = tl.load(floors_ptr + row)
+    if floor < float("inf"):  # else the row has been drawn
+        start = tl.program_id(1) * CHUNK
+        cols = tl.arange(0, CHUNK)
+        x = tl.load(logits_ptr + row * V + start + cols, start + cols < V, other=float("-inf"))
+        scale = 1.0
+        key_a, key_b = noise_keys(tl.load(seeds_ptr + row), tl.load(positions_ptr + row))
+        bound = x
+        if is_random:
+            scale = tl.math.div_rn(1.0, temperature)
+            x = x * scale
+            bound = x + noise_bound(noise_bits(key_a, key_b, start + cols))
+            if FILTER:
+                bound = tl.where(x >= floor, bound, float("-inf"))
+        # Below a NaN, which must come first whatever else is there.
+        bound = tl.where(x == x, tl.minimum(bound, 3.0e38), float("inf"))
+        best, best_id = _search(
+            bound, cols, start, logits_ptr + row * V, scale, is_random, key_a, key_b
+        )
+        at = row * tl.cdiv(V, CHUNK) + tl.program_id(1)
+        tl.store(best_ptr + at, best)
+        tl.store(best_ids_ptr + at, best_id)
 
 
 @triton.jit
-def _pick_kernel(best_ptr, best_ids_ptr, token_ids_ptr, chunks, BLOCK_C: tl.constexpr):  # type: ignore[no-untyped-def]
+def _search(bound, cols, start, logits_row_ptr, scale, is_random, key_a, key_b):  # type: ignore[no-untyped-def]
+    """The best value and its token, by making values until no bound is above the best of them."""
+    best = float("-inf")
+    best_id = start
+    most, place = tl.max(bound, axis=0, return_indices=True)
+    searching = most > float("-inf")
+    while searching:
+        token_id = start + place
+        value = tl.load(logits_row_ptr + token_id)
+        if is_random:
+            value = value * scale + noise_of(noise_bits(key_a, key_b, token_id))
+        is_better = (value > best) | ((value == best) & (token_id < best_id)) | (value != value)
+        best = tl.where(is_better, value, best)
+        best_id = tl.where(is_better, token_id, best_id)
+        bound = tl.where(cols == place, float("-inf"), bound)
+        most, place = tl.max(bound, axis=0, return_indices=True)
+        searching = (most > best) | ((most == best) & (start + place < best_id))
+        searching = searching & (most > float("-inf"))
+    return best, best_id
+
+
+@triton.jit
+def _pick_kernel(  # type: ignore[no-untyped-def]
+    best_ptr,
+    best_ids_ptr,
+    floors_ptr,
+    token_ids_ptr,
+    is_bad_ptr,
+    V,
+    FILTER: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PDL: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
-    c = tl.arange(0, BLOCK_C)
-    best = tl.load(best_ptr + row * chunks + c, c < chunks, other=float("-inf"))
-    _, place = tl.max(best, axis=0, return_indices=True)
-    tl.store(token_ids_ptr + row, tl.load(best_ids_ptr + row * chunks + place).to(tl.int64))
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    floor = float("-inf")
+    if FILTER:
+        floor = tl.load(floors_ptr + row)
+    if floor < float("inf"):
+        num_chunks = tl.cdiv(V, CHUNK)
+        c = tl.arange(0, BLOCK_C)
+        best = tl.load(best_ptr + row * num_chunks + c, c < num_chunks, other=float("-inf"))
+        num_nan = tl.sum((best != best).to(tl.int32), axis=0)
+        most, place = tl.max(
+            tl.where(best == best, best, float("-inf")), axis=0, return_indices=True
+        )
+        token_id = tl.load(best_ids_ptr + row * num_chunks + place)
+        tl.store(token_ids_ptr + row, token_id.to(tl.int64))
+        is_bad = (num_nan > 0) | (most == float("-inf"))
+        tl.store(is_bad_ptr + row, is_bad.to(tl.int8))

@@ -12,7 +12,7 @@ from typing import TypeVar
 import pytest
 import torch
 
-from kernels import activation, logits, logprobs, rms_norm, rotary, sampling
+from kernels import activation, gumbel, logits, logprobs, rms_norm, rotary, sampling
 from kernels.attention_step import Options
 from kernels.paged_attention import paged_attention, paged_attention_reference
 from kernels.store_kv_cache import store_kv_cache, store_kv_cache_reference
@@ -303,10 +303,10 @@ def test_noise_has_the_definitions_integers() -> None:
     positions = torch.tensor([0, 7, 2**31 - 1, 3])
     gpu_seeds, gpu_positions = seeds.cuda(), positions.cuda()
 
-    noise = without_waiting(lambda: sampling.gumbel_noise(gpu_seeds, gpu_positions, 128_256))
+    noise = without_waiting(lambda: gumbel.gumbel_noise(gpu_seeds, gpu_positions, 128_256))
 
     # A wrong bit anywhere would move a value by far more than a rounded logarithm does.
-    expected = sampling.gumbel_noise_reference(seeds, positions, 128_256)
+    expected = gumbel.gumbel_noise_reference(seeds, positions, 128_256)
     torch.testing.assert_close(noise.cpu(), expected, rtol=2e-6, atol=2e-6)
 
 
@@ -315,11 +315,14 @@ def test_sampling_equals_definition(vocab_size: int) -> None:
     x, rows = filter_logits(vocab_size), sampling_rows(12, **FILTERS)
     on_gpu, gpu_rows = filter_logits(vocab_size, "cuda"), sampling_rows(12, "cuda", **FILTERS)
 
-    token_ids = without_waiting(lambda: sampling.sample(on_gpu, **gpu_rows._asdict()))
+    sampled = without_waiting(lambda: sampling.sample(on_gpu, **gpu_rows._asdict()))
 
-    assert token_ids.tolist() == sampling.sample_reference(x, rows).tolist()
+    good = ~sampling.is_bad_reference(x)
+    assert sampled.is_bad.tolist() == (~good).tolist()
+    token_ids = sampled.token_ids.cpu()
+    assert token_ids[good].tolist() == sampling.sample_reference(x, rows)[good].tolist()
     again = sampling.sample(on_gpu, **gpu_rows._asdict())
-    assert again.equal(token_ids)
+    assert again.token_ids.equal(sampled.token_ids)
 
 
 @pytest.mark.parametrize("num_rows", [70, 1, 0])
@@ -329,12 +332,13 @@ def test_sampling_without_filters_equals_definition(num_rows: int) -> None:
     on_gpu, gpu_rows = x.cuda(), sampling_rows(num_rows, "cuda")
 
     drawn = without_waiting(lambda: sampling.sample(on_gpu, **gpu_rows._asdict(), any_filter=False))
+    gpu_rows.temperature.zero_()
     greedy = without_waiting(
-        lambda: sampling.sample(on_gpu, **gpu_rows._asdict(), any_random=False)
+        lambda: sampling.sample(on_gpu, **gpu_rows._asdict(), any_filter=False)
     )
 
-    assert drawn.tolist() == sampling.sample_reference(x, rows).tolist()
-    assert greedy.cpu().equal(x.argmax(dim=1))
+    assert drawn.token_ids.tolist() == sampling.sample_reference(x, rows).tolist()
+    assert greedy.token_ids.cpu().equal(x.argmax(dim=1))
 
 
 @pytest.mark.parametrize(
@@ -354,7 +358,7 @@ def test_draws_follow_the_distribution(filters: dict[str, float], expected: list
 
     drawn = sampling.sample(x, **rows._asdict())
 
-    counts = torch.bincount(drawn, minlength=5).double().cpu()
+    counts = torch.bincount(drawn.token_ids, minlength=5).double().cpu()
     possible = torch.tensor(expected) > 0
     wanted = torch.tensor(expected).double()[possible] / sum(expected) * num_draws
     assert not counts[~possible].any()
@@ -371,7 +375,7 @@ def test_decode_and_sampling_replay_in_a_graph() -> None:
 
     def run() -> tuple[torch.Tensor, torch.Tensor]:
         out = paged_attention(q, key_cache, value_cache, **step._asdict(), scale=0.1)
-        return out, sampling.sample(x, **rows._asdict())
+        return out, sampling.sample(x, **rows._asdict()).token_ids
 
     run()  # compile
     torch.cuda.synchronize()

@@ -16,6 +16,7 @@ from triton.runtime.jit import JITFunction
 
 from kernels import (
     activation,
+    gumbel,
     logits,
     logprobs,
     paged_attention,
@@ -110,7 +111,7 @@ def compile_logits() -> None:
     logits.apply_bitmask_triton(x, ids, torch.zeros(B, -(-V // 32), dtype=torch.int32))
     logits.has_nan_triton(x)
     logprobs.token_logprobs_triton(x, ids, 2)
-    sampling.gumbel_noise_triton(ids, ids, V)
+    gumbel.gumbel_noise_triton(ids, ids, V)
     for any_filter in (False, True):
         sampling.sample_triton(x, Rows(ones, ids.int(), ones, ones, ids, ids), any_filter)
 

@@ -1,4 +1,4 @@
-"""Sampling: what the filters keep, how often each token is drawn, and one noise on all paths."""
+"""Sampling: what the filters keep, how often each token is drawn, and which rows are bad."""
 
 import math
 from collections.abc import Callable
@@ -8,31 +8,27 @@ import torch
 from torch import Tensor
 
 from kernels import sampling
-from kernels.sampling_cpu import Rows, gumbel_noise_cpu, sample_cpu
+from kernels.sampling_cpu import Rows, sample_cpu
 from tests.kernels.cases import FILTERS, filter_logits, random, sampling_rows
 
 # A row of nothing but bans makes inf - inf, as it would on a GPU, where nobody remarks on it.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 
 Path = Callable[[Tensor, Rows, bool], Tensor]
-PATHS = [pytest.param(sample_cpu, id="cpu"), pytest.param(sampling.sample_triton, id="triton")]
 
-SEEDS = torch.tensor([0, 1, -5, 2**62 + 12345, 1])
-POSITIONS = torch.tensor([0, 7, 2**31 - 1, 3, 0])
-FIXED_BITS = [
-    [1203204691, 555632835, 703942268],
-    [220520209, 2006944601, 255569704],
-    [782202890, 2467070235, 3027590934],
-    [3535215052, 4071034769, 2369885149],
-    [1348985532, 1930604977, 3675637380],
-]
+
+def triton_ids(logits: Tensor, rows: Rows, any_filter: bool) -> Tensor:
+    return sampling.sample_triton(logits, rows, any_filter).token_ids
+
+
+PATHS = [pytest.param(sample_cpu, id="cpu"), pytest.param(triton_ids, id="triton")]
 
 
 def kept_tokens(logits: list[float], **filters: float) -> list[int]:
     """Which tokens a thousand draws of the definition ever return."""
     rows = sampling_rows(1000, **{name: [value] * 1000 for name, value in filters.items()})
     drawn = sampling.sample(torch.tensor([logits]).repeat(1000, 1), **rows._asdict())
-    return sorted(set(drawn.tolist()))
+    return sorted(set(drawn.token_ids.tolist()))
 
 
 PROBABILITIES = [0.05, 0.4, 0.1, 0.25, 0.2]
@@ -96,7 +92,8 @@ def test_draws_follow_the_distribution(filters: dict[str, float], expected: list
     rows = rows._replace(positions=torch.arange(num_draws))
     logits = torch.tensor([LOGITS]).repeat(num_draws, 1)
 
-    counts = torch.bincount(sampling.sample(logits, **rows._asdict()), minlength=5).double()
+    token_ids = sampling.sample(logits, **rows._asdict()).token_ids
+    counts = torch.bincount(token_ids, minlength=5).double()
 
     possible = torch.tensor(expected) > 0
     wanted = torch.tensor(expected).double()[possible] / sum(expected) * num_draws
@@ -137,55 +134,31 @@ def test_no_rows_draw_nothing(run: Path) -> None:
     assert run(random(0, 5), sampling_rows(0), True).shape == (0,)
 
 
-def test_noise_is_the_same_on_every_path() -> None:
-    noise = sampling.gumbel_noise_reference(SEEDS, POSITIONS, 1500)
+@pytest.mark.parametrize("path", ["cpu", "triton"])
+def test_rows_with_a_nan_or_without_a_token_are_bad_and_alone(path: str) -> None:
+    columns = {name: values[:4] * 3 for name, values in FILTERS.items()}
+    logits, rows = random(12, 3000), sampling_rows(12, **columns)
+    logits[[1, 2, 4], 2345] = math.nan
+    logits[3] = logits[7] = logits[9] = -math.inf
+    logits[9, 17] = math.nan
+    bad = sampling.is_bad_reference(logits)
+    run = sampling.sample if path == "cpu" else sample_through_triton
 
-    # Same integers, so the rest is one rounding of a logarithm.
-    torch.testing.assert_close(gumbel_noise_cpu(SEEDS, POSITIONS, 1500), noise, rtol=0, atol=2e-6)
-    triton_noise = sampling.gumbel_noise_triton(SEEDS, POSITIONS, 1500)
-    torch.testing.assert_close(triton_noise, noise, rtol=0, atol=2e-6)
-    assert sampling.gumbel_noise(SEEDS, POSITIONS, 1500).equal(
-        gumbel_noise_cpu(SEEDS, POSITIONS, 1500)
-    )
+    for any_filter in (True, False):
+        parameters = rows if any_filter else sampling_rows(12, temperature=columns["temperature"])
+        sampled = run(logits, **parameters._asdict(), any_filter=any_filter)
 
-
-def test_noise_bits_do_not_change_between_versions() -> None:
-    bits = sampling.noise_bits_reference(SEEDS, POSITIONS, 3)
-
-    assert bits.tolist() == FIXED_BITS
-
-
-def test_noise_depends_on_every_bit_of_seed_position_and_token() -> None:
-    base = sampling.noise_bits_reference(torch.tensor([77]), torch.tensor([5]), 4096)[0]
-    flipped = [
-        sampling.noise_bits_reference(torch.tensor([77 ^ (1 << i)]), torch.tensor([5]), 4096)[0]
-        for i in range(63)
-    ] + [
-        sampling.noise_bits_reference(torch.tensor([77]), torch.tensor([5 ^ (1 << i)]), 4096)[0]
-        for i in range(31)
-    ]
-    for other in [*flipped, base.roll(1), base.roll(256)]:
-        changed = (base ^ other)[:4096]
-        share = torch.stack([(changed >> i & 1).double().mean() for i in range(32)])
-        assert (share - 0.5).abs().max() < 0.05  # six standard deviations
+        assert sampled.is_bad.tolist() == bad.tolist()
+        good = ~bad
+        alone = sampling.sample_reference(logits[good], Rows(*(c[good] for c in parameters)))
+        assert sampled.token_ids[good].tolist() == alone.tolist()
+        assert ((sampled.token_ids >= 0) & (sampled.token_ids < 3000)).all()
 
 
-def test_uniforms_are_even_and_never_touch_the_ends() -> None:
-    noise = sampling.gumbel_noise(torch.arange(40), torch.zeros(40, dtype=torch.int64), 25_000)
-    uniforms = torch.exp(-torch.exp(-noise.double()))
-
-    assert noise.isfinite().all()
-    counts = torch.histc(uniforms, bins=100, min=0, max=1)
-    expected = noise.numel() / 100
-    assert ((counts - expected) ** 2 / expected).sum() < 99 + 4 * math.sqrt(2 * 99)
-
-
-def test_greedy_batches_need_no_parameters_but_their_shape() -> None:
-    logits = random(3, 50)
-
-    token_ids = sampling.sample(logits, **sampling_rows(3)._asdict(), any_random=False)
-
-    assert token_ids.equal(logits.argmax(dim=1))
+def sample_through_triton(
+    logits: Tensor, *, any_filter: bool, **columns: Tensor
+) -> sampling.Sampled:
+    return sampling.sample_triton(logits, Rows(**columns), any_filter)
 
 
 def test_shapes_and_dtypes_that_do_not_fit_are_refused() -> None:
@@ -198,7 +171,3 @@ def test_shapes_and_dtypes_that_do_not_fit_are_refused() -> None:
         sampling.sample(logits, **rows._replace(top_k=rows.top_k.long())._asdict())
     with pytest.raises(ValueError, match="contiguous"):
         sampling.sample(random(9, 2).t(), **rows._asdict())
-    with pytest.raises(ValueError, match=r"must be \[B\]"):
-        sampling.gumbel_noise(rows.seeds, rows.positions[:1], 4)
-    with pytest.raises(ValueError, match="int64"):
-        sampling.gumbel_noise(rows.seeds.int(), rows.positions, 4)
