@@ -1,8 +1,10 @@
 """Requests over one asynchronous core client, in one event loop. AsyncLLM is its face.
 
 One message of the core is taken in by one call, for all streams; then each waiting consumer whose
-request moved is woken. A consumer that does not wait is not disturbed: what it has not taken yet
-merges in its request's state, so nothing queues.
+request moved is told: its listener where it has one, else its task is woken. Both happen when all
+messages that have come are taken in, so a loop that lags hands out several steps at once. A
+consumer that does not wait is not disturbed: what it has not taken yet merges in its request's
+state, so nothing queues.
 """
 
 import asyncio
@@ -43,6 +45,9 @@ from ipc.tensors import Frames
 
 logger = logging.getLogger(__name__)
 
+# Takes what is new of a request's state, without waiting; False leaves it to the consumer.
+Listener = Callable[[RequestState], bool]
+
 
 class AsyncClient(Protocol):
     """What a session asks of its connection to a core."""
@@ -74,6 +79,7 @@ class StreamRecord:
 
     state: RequestState
     waiter: "asyncio.Future[None] | None" = None  # set while its consumer waits
+    listener: Listener | None = None  # is offered the news before the consumer is woken
 
 
 class OutputStream:
@@ -108,6 +114,13 @@ class OutputStream:
     def finished(self) -> bool:
         """Whether the request has ended; outputs may still be there to take."""
         return self._record.state.is_finished
+
+    def offer_news_to(self, listener: Listener) -> None:
+        """While a consumer waits, let ``listener`` take news: no task is woken for what it takes.
+
+        It is called between the consumer's turns, never during one.
+        """
+        self._record.listener = listener
 
     async def __anext__(self) -> RequestOutput:
         """The next output.
@@ -161,6 +174,7 @@ class AsyncSession:
         self._pool = pool
         self._streams: dict[str, StreamRecord] = {}  # by req_id
         self._max_open = limits.max_num_seqs + limits.max_waiting_requests
+        self._news: list[StreamRecord] = []  # whose listeners are to be told in a moment
         self._drains: list[tuple[list[str], asyncio.Future[None]]] = []  # req_ids waited for
         self._thread: ThreadPoolExecutor | None = None  # made with the first slow task
         self._liveness = Liveness(partial(client.call, GetStats()))
@@ -274,13 +288,26 @@ class AsyncSession:
         self._client.close()
 
     def _wake(self, states: Iterable[RequestState]) -> None:
-        streams = self._streams
+        streams, news = self._streams, self._news
         for state in states:
             record = streams.get(state.req_id)
             if record is None or record.waiter is None or record.waiter.done():
                 continue
-            if state.kind is not RequestOutputKind.FINAL_ONLY or state.is_finished:
+            if record.listener is not None:
+                if not news:
+                    self._loop.call_soon(self._tell_listeners)
+                news.append(record)
+            elif state.kind is not RequestOutputKind.FINAL_ONLY or state.is_finished:
                 record.waiter.set_result(None)
+
+    def _tell_listeners(self) -> None:
+        news, self._news = self._news, []
+        for record in news:
+            state, waiter, listener = record.state, record.waiter, record.listener
+            if not state.is_news or waiter is None or waiter.done() or listener is None:
+                continue  # told already, or its consumer was woken for something else
+            if not listener(state):
+                waiter.set_result(None)
 
     def _run_processors(self, work: RowWork) -> None:
         """Run the user's code in a thread of its own; one, so that rows stay in order."""

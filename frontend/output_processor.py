@@ -315,7 +315,10 @@ def _count_tokens(
 
 
 def _add_gaps(iteration: IterationStats, num_later: int, since_s: float) -> None:
-    """Note the gaps of tokens that came ``since_s`` after the ones before them; a clock may jump."""
+    """Note the gaps of tokens that came together, ``since_s`` after those before them.
+
+    A clock may jump back.
+    """
     gap_s = since_s if since_s > 0.0 else 0.0
     if num_later == 1:
         iteration.inter_token_latency_s.append(gap_s)

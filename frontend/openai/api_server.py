@@ -89,7 +89,7 @@ def build_app(
         allow_methods=cors.allowed_methods,
         allow_headers=cors.allowed_headers,
     )
-    app.add_middleware(Envelope, state=state)
+    app.add_middleware(Envelope, state=state, is_outermost=not middleware)
     for own in middleware:
         own.add_to(app)
     return app

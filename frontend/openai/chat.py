@@ -30,7 +30,7 @@ from frontend.openai.protocol import (
 from frontend.openai.sse import (
     ChunkFormat,
     EventStream,
-    Write,
+    EventWriter,
     event,
     role_chunk,
     stream_head,
@@ -145,11 +145,11 @@ class ChatAnswer:
             answer["prompt_token_ids"] = output.prompt_token_ids
         return answer
 
-    async def stream_whole(self, write: Write) -> None:
+    async def stream_whole(self, write: EventWriter) -> None:
         """The whole answer as one event: nobody knows before the end which sequences win."""
         await write(event(await self.whole()))
 
-    async def stream(self, write: Write) -> None:
+    async def stream(self, write: EventWriter) -> None:
         """The answer as deltas; a role chunk per choice comes first."""
         body = self._body
         head = stream_head(self._id, "chat.completion.chunk", self._created, self._state.model_name)
@@ -177,7 +177,8 @@ class ChatAnswer:
                 elif sequence.text:
                     await write(chunks.text_chunk(sequence.text))
 
-        await consume(self._state, self._job, take)
+        shortcut = write.shortcut(formats) if is_plain else None
+        await consume(self._state, self._job, take, shortcut)
         if usage_null:
             await write(usage_chunk(head, self._usage.body()))
 

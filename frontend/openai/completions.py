@@ -32,7 +32,7 @@ from frontend.openai.protocol import (
 from frontend.openai.sse import (
     ChunkFormat,
     EventStream,
-    Write,
+    EventWriter,
     event,
     stream_head,
     unless_disconnected,
@@ -114,11 +114,11 @@ class Answer:
             "usage": self._usage.body(),
         }
 
-    async def stream_whole(self, write: Write) -> None:
+    async def stream_whole(self, write: EventWriter) -> None:
         """The whole answer as one event: nobody knows before the end which sequences win."""
         await write(event(await self.whole()))
 
-    async def stream(self, write: Write) -> None:
+    async def stream(self, write: EventWriter) -> None:
         """The answer as deltas."""
         head = stream_head(self._id, "text_completion", self._created, self._state.model_name)
         usage_null = asks_final_usage(self._body)
@@ -135,7 +135,7 @@ class Answer:
             await write(usage_chunk(head, self._usage.body()))
 
     async def _stream_job(
-        self, number: int, job: Job, formats: list[ChunkFormat], write: Write
+        self, number: int, job: Job, formats: list[ChunkFormat], write: EventWriter
     ) -> None:
         body = self._body
         logprobs = [self._make_logprobs() for _ in formats]
@@ -161,7 +161,8 @@ class Answer:
                     self._rich_chunk(formats[index], output, sequence, logprobs[index], is_first)
                 )
 
-        await consume(self._state, job, take)
+        shortcut = write.shortcut(formats) if is_plain else None
+        await consume(self._state, job, take, shortcut)
 
     def _rich_chunk(
         self,

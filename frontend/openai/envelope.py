@@ -7,6 +7,7 @@ import secrets
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from frontend.openai.http_protocol import DIRECT_BODY
 from frontend.openai.state import ServerState
 
 MAX_HEADER_CHARS = 1000
@@ -19,9 +20,11 @@ class Envelope:
     ``--root-path`` is set here, for proxies that strip the prefix and for those that do not.
     """
 
-    def __init__(self, app: ASGIApp, state: ServerState) -> None:
+    def __init__(self, app: ASGIApp, state: ServerState, *, is_outermost: bool = True) -> None:
+        """``is_outermost``: no middleware of the user's is further out and wants to see bodies."""
         self._app = app
         self._state = state
+        self._is_outermost = is_outermost
         self._root_path = state.options.root_path
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -36,6 +39,8 @@ class Envelope:
         # Between here and a stream nothing of ours looks at the body: its chunks may skip the
         # wrapped sends in between. The user's own middleware is further out, and sees them.
         notes["send_body"] = send
+        if self._is_outermost:
+            notes["direct_body"] = scope.get("extensions", {}).get(DIRECT_BODY, {}).get("body")
         has_begun = False
 
         async def send_with_headers(message: Message) -> None:

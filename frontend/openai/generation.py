@@ -15,7 +15,7 @@ from frontend.openai.errors import (
     TooLargeError,
 )
 from frontend.openai.protocol import Body, Prompt, Tuning, check_plain, decode_body
-from frontend.openai.sse import first_error
+from frontend.openai.sse import TextShortcut, first_error
 from frontend.openai.state import ServerState
 from frontend.outputs import RequestOutput
 from ipc.errors import EngineGenerateError, RequestError
@@ -118,9 +118,17 @@ def make_jobs(
 
 
 async def consume(
-    state: ServerState, job: Job, take: Callable[[RequestOutput], Awaitable[None]]
+    state: ServerState,
+    job: Job,
+    take: Callable[[RequestOutput], Awaitable[None]],
+    shortcut: TextShortcut | None = None,
 ) -> None:
-    """Give every output of a job to ``take``. Leaving early, for any reason, aborts it."""
+    """Give every output of a job to ``take``. Leaving early, for any reason, aborts it.
+
+    Args:
+        shortcut: writes the text between the first output and the last by itself; its tokens
+            are in the output after it.
+    """
     options: dict[str, Any] = {
         "priority": job.priority,
         "cache_salt": job.cache_salt,
@@ -136,6 +144,8 @@ async def consume(
         err.param = job.field_names.get(err.param or "", err.param)
         raise
     state.open_req_ids.add(job.req_id)
+    if shortcut is not None:
+        stream.offer_news_to(shortcut)
     try:
         async for output in stream:
             if output.error is not None:

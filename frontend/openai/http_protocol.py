@@ -2,15 +2,51 @@
 
 A client that sends its head too slowly, sends too large a head, or stops reading its answer is cut
 off. The application sees a cut as an ordinary disconnect, so the engine's work ends with it.
+
+A stream of tokens may write parts of its body straight to the connection, through the ASGI
+extension ``DIRECT_BODY`` of its scope.
 """
 
 import asyncio
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+DIRECT_BODY = "heliograph.direct_body"
 
 MAX_HEAD_BYTES = 32 << 10
 HEAD_TIMEOUT_S = 30.0
 STALLED_WRITE_TIMEOUT_S = 30.0
+
+
+class DirectBody:
+    """The body of one response, as its client takes it: bytes leave without a coroutine.
+
+    Head and end of the response are still sent the usual way. In between, these writes and the
+    usual ones may follow one another in any order.
+    """
+
+    __slots__ = ("_cycle", "_flow", "_write")
+
+    def __init__(self, cycle: RequestResponseCycle, flow: FlowControl) -> None:
+        self._cycle = cycle
+        self._flow = flow
+        self._write = cycle.transport.write
+
+    @property
+    def takes_now(self) -> bool:
+        """Whether the body has begun, has not ended, and its client reads what it is sent."""
+        cycle = self._cycle
+        return (
+            cycle.chunked_encoding is True
+            and not self._flow.write_paused
+            and not cycle.disconnected
+            and not cycle.response_complete
+        )
+
+    def write(self, data: bytes) -> None:
+        """Write a part of the body; only while ``takes_now``, and never nothing."""
+        self._write(b"%x\r\n%b\r\n" % (len(data), data))
 
 
 class BoundedHttpProtocol(HttpToolsProtocol):
@@ -61,6 +97,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self._refuse_head()
         elif not self.transport.is_closing():
             super().on_headers_complete()
+            self.scope["extensions"] = {DIRECT_BODY: {"body": DirectBody(self.cycle, self.flow)}}
 
     def on_message_complete(self) -> None:
         """A request is complete; none when its head was refused."""

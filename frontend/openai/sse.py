@@ -2,24 +2,28 @@
 
 Everything of a chunk that a stream's chunks have in common is encoded once; per token only its
 text is. The response head leaves with the first event, so an error before it still gets a status.
+
+A chunk leaves in one of two ways. The general one is a coroutine per stream, which waits for its
+client and for the engine. While a client keeps up, chunks of plain text take the short one,
+``TextShortcut``: written to the connection by the call that takes in a step of the engine.
 """
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from starlette.background import BackgroundTask
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from frontend.openai.errors import ClientGoneError, error_body
+from frontend.request_state import RequestState
 
 logger = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
-Write = Callable[[bytes], Awaitable[None]]
 T = TypeVar("T")
 
 _encode = msgspec.json.Encoder().encode
@@ -100,6 +104,69 @@ def event(body: Any) -> bytes:
     return b"data: " + _encode(body) + b"\n\n"
 
 
+class Body(Protocol):
+    """A connection's own way to take parts of a body: ``http_protocol.DirectBody``."""
+
+    @property
+    def takes_now(self) -> bool:
+        """Whether ``write`` may be called."""
+
+    def write(self, data: bytes) -> None:
+        """Write at once."""
+
+
+class EventWriter:
+    """Writes the events of one stream. The response's head leaves with the first of them."""
+
+    def __init__(self, scope: Scope, send: Send, head: Message) -> None:
+        self._send = send
+        self._send_body: Send = scope["state"].get("send_body", send)
+        self._head = head
+        self.has_begun = False
+        self._direct: Body | None = scope["state"].get("direct_body")
+
+    async def __call__(self, data: bytes) -> None:
+        """Write events; returns when the client is ready for more."""
+        if not self.has_begun:
+            self.has_begun = True
+            await self._send(self._head)
+        await self._send_body({"type": "http.response.body", "body": data, "more_body": True})
+
+    def shortcut(self, formats: Sequence[ChunkFormat]) -> "TextShortcut | None":
+        """The short way for one job's text, where the connection has one."""
+        return None if self._direct is None else TextShortcut(self._direct, formats)
+
+    async def end(self) -> None:
+        """Write what every stream ends with."""
+        await self(DONE)
+        await self._send_body({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+class TextShortcut:
+    """Writes the new text of one job, and nothing else of it.
+
+    Offered the news of a step (``OutputStream.offer_news_to``), it leaves to the job's coroutine
+    whatever is more than text, and everything while the client does not keep up: the text of
+    several steps is then one chunk.
+    """
+
+    __slots__ = ("_formats", "_out")
+
+    def __init__(self, out: Body, formats: Sequence[ChunkFormat]) -> None:
+        self._out = out
+        self._formats = formats
+
+    def __call__(self, state: RequestState) -> bool:
+        """Write what is new; False when that is for the coroutine to do."""
+        formats = self._formats
+        if state.num_unfinished != len(formats) or not self._out.takes_now:
+            return False
+        chunks = [formats[index].text_chunk(text) for index, text in state.take_texts()]
+        if chunks:
+            self._out.write(b"".join(chunks))
+        return True
+
+
 class EventStream(Response):
     """A response whose events ``produce`` writes, until it returns or the client leaves.
 
@@ -111,7 +178,7 @@ class EventStream(Response):
 
     def __init__(
         self,
-        produce: Callable[[Write], Awaitable[None]],
+        produce: Callable[[EventWriter], Awaitable[None]],
         headers: Mapping[str, str] | None = None,
         background: BackgroundTask | None = None,
     ) -> None:
@@ -125,27 +192,17 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve the stream."""
-        has_begun = False
-        send_body: Send = scope["state"].get("send_body", send)
-
-        async def write(data: bytes) -> None:
-            nonlocal has_begun
-            if not has_begun:
-                has_begun = True
-                await send(
-                    {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-                )
-            await send_body({"type": "http.response.body", "body": data, "more_body": True})
+        head = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        write = EventWriter(scope, send, head)
 
         async def run() -> None:
             try:
                 await self._produce(write)
             except Exception as error:  # whatever it is, the reader of the stream is told
-                if not has_begun:
+                if not write.has_begun:
                     raise
                 await write(_error_event(error))
-            await write(DONE)
-            await send_body({"type": "http.response.body", "body": b"", "more_body": False})
+            await write.end()
 
         try:
             await unless_disconnected(receive, run())

@@ -12,6 +12,7 @@ import uvloop
 
 from frontend.async_session import AsyncSession, OutputStream
 from frontend.inputs import NewRequest
+from frontend.request_state import RequestState
 from frontend.stat_loggers import StatLoggerGroup
 from ipc.errors import (
     EngineDeadError,
@@ -126,6 +127,47 @@ def test_one_step_wakes_all_waiting_consumers_once() -> None:
         assert [output.outputs[0].text for output in outputs] == ["h"] * 5
         for stream in streams:
             stream.close()
+
+    run(main)
+
+
+def test_a_listener_is_offered_the_news_of_all_that_came_before_its_consumer_is_woken() -> None:
+    async def main() -> None:
+        session, client = make_session(is_held=True)
+        stream = await session.open(make_request(output_kind=RequestOutputKind.DELTA))
+        offered: list[str] = []
+
+        def listen(state: RequestState) -> bool:
+            if state.is_finished:
+                return False
+            offered.extend(text for _, text in state.take_texts())
+            return True
+
+        stream.offer_news_to(listen)
+        reader = asyncio.ensure_future(read_all(stream))
+        await asyncio.sleep(0)
+        for num_steps in (1, 3):
+            for _ in range(num_steps):  # a loop that lags finds several messages
+                session.take_in(client.core.step(), ())
+            await asyncio.sleep(0)
+        assert offered == ["h", "ell"]
+        while client.core.has_unfinished:
+            session.take_in(client.core.step(), ())
+            await asyncio.sleep(0)
+        assert "".join([*offered, *(await reader)]) == "hello"
+
+    run(main)
+
+
+def test_a_listener_is_not_called_while_its_consumer_is_busy() -> None:
+    async def main() -> None:
+        session, client = make_session(is_held=True)
+        stream = await session.open(make_request(output_kind=RequestOutputKind.DELTA))
+        stream.offer_news_to(lambda state: pytest.fail("the consumer has its turn"))
+        session.take_in(client.core.step(), ())
+        await asyncio.sleep(0)
+        assert (await anext(stream)).outputs[0].text == "h"
+        stream.close()
 
     run(main)
 

@@ -200,6 +200,9 @@ class FakeStream:
     async def __anext__(self) -> RequestOutput:
         return await anext(self._outputs)
 
+    def offer_news_to(self, listener: Any) -> None:
+        """Every output here goes to the iterator: a listener gets no offers, as none must."""
+
     def close(self) -> None:
         with contextlib.suppress(StopIteration, GeneratorExit):
             self._outputs.aclose().send(None)

@@ -12,10 +12,12 @@ import uvicorn
 from uvicorn.server import ServerState
 
 from frontend.openai.http_protocol import (
+    DIRECT_BODY,
     HEAD_TIMEOUT_S,
     MAX_HEAD_BYTES,
     STALLED_WRITE_TIMEOUT_S,
     BoundedHttpProtocol,
+    DirectBody,
 )
 
 REQUEST = b"POST /x HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc"
@@ -155,6 +157,47 @@ def test_a_reader_that_stalls_is_cut_off_and_one_that_resumes_is_not() -> None:
             protocol.resume_writing()
         loop.advance(1)
         assert transport.ended_by == (None if resumes else "abort")
+
+
+async def answer_in_parts(protocol: BoundedHttpProtocol, *, is_direct: bool) -> None:
+    body = protocol.scope["extensions"][DIRECT_BODY]["body"]
+    assert isinstance(body, DirectBody)
+    send = protocol.cycle.send
+    assert not body.takes_now, "the head must be sent first"
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    for part in (b"one", b"x" * 300):
+        assert body.takes_now
+        if is_direct:
+            body.write(part)
+        else:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+    assert not body.takes_now, "the body has ended"
+
+
+def test_a_direct_body_writes_the_bytes_of_the_usual_way() -> None:
+    written = []
+    for is_direct in (False, True):
+        protocol, transport, _ = make_connection()
+        protocol.data_received(REQUEST)
+        asyncio.run(answer_in_parts(protocol, is_direct=is_direct))
+        written.append(transport.written)
+    assert written[0] == written[1]
+    assert written[1].endswith(b"3\r\none\r\n12c\r\n" + b"x" * 300 + b"\r\n0\r\n\r\n")
+
+
+def test_a_direct_body_takes_nothing_from_a_stalled_or_lost_connection() -> None:
+    protocol, _, _ = make_connection()
+    protocol.data_received(REQUEST)
+    body: DirectBody = protocol.scope["extensions"][DIRECT_BODY]["body"]  # type: ignore[assignment]
+    head = {"type": "http.response.start", "status": 200, "headers": []}
+    asyncio.run(protocol.cycle.send(head))  # type: ignore[arg-type]
+    protocol.pause_writing()
+    assert not body.takes_now
+    protocol.resume_writing()
+    assert body.takes_now
+    protocol.connection_lost(None)
+    assert not body.takes_now
 
 
 def test_no_clock_outlives_the_connection() -> None:

@@ -11,14 +11,19 @@ from frontend.openai.sse import (
     DONE,
     ChunkFormat,
     EventStream,
-    Write,
+    EventWriter,
+    TextShortcut,
     first_error,
     role_chunk,
     stream_head,
     unless_disconnected,
     usage_chunk,
 )
+from frontend.request_state import RequestState
 from ipc.errors import EngineDeadError
+from ipc.messages import FinishReason
+from ipc.sampling_params import RequestOutputKind
+from tests.frontend.builders import ProcessorRig, make_rig
 
 HEAD = stream_head("id-1", "text_completion", 7, 'mo"del')
 
@@ -67,6 +72,70 @@ def test_role_and_usage_chunks_are_valid() -> None:
     assert parse(usage_chunk(HEAD, {"total_tokens": 3}))["choices"] == []
 
 
+class FakeBody:
+    """A connection that keeps what is written."""
+
+    def __init__(self) -> None:
+        self.takes_now = True
+        self.written: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        self.written.append(data)
+
+
+def make_shortcut(num_branches: int = 1) -> tuple[ProcessorRig, RequestState, TextShortcut, Any]:
+    """A stream of deltas whose first token came and was taken, as by its coroutine."""
+    rig = make_rig()
+    state = rig.open(n=num_branches, output_kind=RequestOutputKind.DELTA)
+    for index in range(num_branches):
+        rig.say(state, "H", index=index)
+    assert state.take() is not None
+    body = FakeBody()
+    formats = [ChunkFormat(HEAD, i, is_chat=False, usage_null=False) for i in range(num_branches)]
+    return rig, state, TextShortcut(body, formats), body
+
+
+def texts(data: bytes) -> list[tuple[int, str]]:
+    chunks = [parse(chunk + b"\n\n") for chunk in data.split(b"\n\n")[:-1]]
+    return [(chunk["choices"][0]["index"], chunk["choices"][0]["text"]) for chunk in chunks]
+
+
+def test_the_shortcut_writes_the_text_of_every_branch_at_once() -> None:
+    rig, state, shortcut, body = make_shortcut(num_branches=2)
+    rig.say(state, "i", index=0)
+    rig.say(state, "o", index=1)
+    assert shortcut(state)
+    assert [texts(data) for data in body.written] == [[(0, "i"), (1, "o")]]
+
+    assert shortcut(state)
+    assert len(body.written) == 1, "nothing is new"
+
+
+def test_the_shortcut_leaves_a_reader_that_lags_to_the_coroutine() -> None:
+    rig, state, shortcut, body = make_shortcut()
+    body.takes_now = False
+    for character in "ello":
+        rig.say(state, character)
+        assert not shortcut(state)
+    body.takes_now = True
+    assert shortcut(state)
+    assert [texts(data) for data in body.written] == [[(0, "ello")]]
+
+
+def test_the_shortcut_leaves_the_end_to_the_coroutine_with_all_tokens() -> None:
+    rig, state, shortcut, body = make_shortcut()
+    rig.say(state, "e")
+    assert shortcut(state)
+    rig.say(state, "y", finish_reason=FinishReason.LENGTH)
+    assert not shortcut(state)
+    output = state.take()
+    assert output is not None
+    (last,) = output.outputs
+    assert (last.text, last.finish_reason) == ("y", "length")
+    assert last.token_ids == state.branches[0].record.token_ids[1:], "they count in the usage"
+    assert len(body.written) == 1
+
+
 async def serve(
     produce: Any, *, leaves: asyncio.Event | None = None
 ) -> tuple[list[dict[str, Any]], Exception | None]:
@@ -87,7 +156,7 @@ async def serve(
 
 
 def test_an_error_before_the_first_event_is_raised_and_nothing_was_sent() -> None:
-    async def produce(write: Write) -> None:
+    async def produce(write: EventWriter) -> None:
         raise EngineDeadError("gone")
 
     sent, error = asyncio.run(serve(produce))
@@ -96,7 +165,7 @@ def test_an_error_before_the_first_event_is_raised_and_nothing_was_sent() -> Non
 
 
 def test_an_error_after_it_becomes_an_event_before_the_end() -> None:
-    async def produce(write: Write) -> None:
+    async def produce(write: EventWriter) -> None:
         await write(b"data: {}\n\n")
         raise EngineDeadError("gone")
 
@@ -114,7 +183,7 @@ def test_a_client_that_leaves_cancels_the_producer_and_gets_nothing_more() -> No
     async def run() -> list[dict[str, Any]]:
         leaves = asyncio.Event()
 
-        async def produce(write: Write) -> None:
+        async def produce(write: EventWriter) -> None:
             nonlocal was_cancelled
             await write(b"data: {}\n\n")
             leaves.set()
