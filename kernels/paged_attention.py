@@ -12,13 +12,12 @@ arXiv:2307.08691; for split keys "Flash-Decoding", https://pytorch.org/blog/flas
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton import knobs
 
 from kernels.attention_step import Options, Step, StepMemo
+from kernels.decode_attention import decode_attention_triton
 from kernels.paged_attention_cpu import paged_attention_cpu
+from kernels.prefill_attention import prefill_attention_triton
 
 
 def paged_attention(
@@ -72,8 +71,26 @@ def paged_attention(
     if not q.is_cuda:
         return paged_attention_cpu(q, key_cache, value_cache, step, options, memo)
     if max_query_len <= 1:
-        return paged_decode_triton(q, key_cache, value_cache, step, options)
-    return paged_attention_triton(q, key_cache, value_cache, step, options)
+        return decode_attention_triton(q, key_cache, value_cache, step, options, memo)
+    return mixed_attention_triton(q, key_cache, value_cache, step, options, memo)
+
+
+def mixed_attention_triton(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    step: Step,
+    options: Options,
+    memo: StepMemo | None = None,
+) -> Tensor:
+    """Serve requests of one query and the others each by the kernel that suits them."""
+    if step.seq_lens.shape[0] == 1:
+        return prefill_attention_triton(q, key_cache, value_cache, step, options)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    decode_attention_triton(q, key_cache, value_cache, step, options, memo, out=out)
+    return prefill_attention_triton(
+        q, key_cache, value_cache, step, options, out=out, skip_single=True
+    )
 
 
 def _check_tensors(q: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:
@@ -155,389 +172,3 @@ def paged_attention_reference(
         weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1)
         out[rows] = torch.einsum("nqs,snd->qnd", weights, v).to(q.dtype)
     return out
-
-
-def paged_attention_triton(
-    q: Tensor, key_cache: Tensor, value_cache: Tensor, step: Step, options: Options
-) -> Tensor:
-    """Launch the kernel for any mix of requests: one program a query tile and key head."""
-    T, N, D = q.shape
-    K, B = key_cache.shape[2], step.seq_lens.shape[0]
-    out = torch.empty((T, N, D), dtype=q.dtype, device=q.device)
-    if T == 0 or B == 0 or N == 0:
-        return out
-    group = N // K
-    block_d, block_n, max_rows = _tile_sizes(D, q.element_size())
-    rows = min(max_rows, triton.next_power_of_2(step.max_query_len * group))
-    rows = max(16, rows, triton.next_power_of_2(group))
-    queries = rows // group  # per tile
-    _prefill_kernel[(T // queries + B, K)](
-        q,
-        key_cache,
-        value_cache,
-        out,
-        step.block_table,
-        step.query_start_loc,
-        step.seq_lens,
-        B,
-        q.stride(0),
-        step.block_table.stride(0),
-        options.scale,
-        options.soft_cap or 0.0,
-        options.sliding_window or 0,
-        TILE_QUERIES=queries,
-        ROWS=rows,
-        **_constants(key_cache, group, options, block_d, block_n),
-        num_warps=8 if block_d >= 256 or rows >= 128 else 4,
-        num_stages=2 if block_d * q.element_size() > 256 else 3,
-    )
-    return out
-
-
-def paged_decode_triton(
-    q: Tensor, key_cache: Tensor, value_cache: Tensor, step: Step, options: Options
-) -> Tensor:
-    """Launch the kernel for requests of one query: one program a request, key head and split.
-
-    Few programs would leave most of the GPU idle, so long requests are split; the parts meet in
-    a second kernel, weighted by their sums of exponentials.
-    """
-    T, N, D = q.shape
-    K, B = key_cache.shape[2], step.seq_lens.shape[0]
-    out = torch.empty((T, N, D), dtype=q.dtype, device=q.device)
-    if T == 0 or B == 0 or N == 0:
-        return out
-    group = N // K
-    block_d, block_n, _ = _tile_sizes(D, q.element_size())
-    splits = _num_splits(B * K, step.max_seq_len)
-    if splits == 1:
-        parts, log_sums = out, out  # the kernel writes the result itself
-    else:
-        parts = torch.empty((T, N, splits, D), dtype=torch.float32, device=q.device)
-        log_sums = torch.empty((T, N, splits), dtype=torch.float32, device=q.device)
-    _decode_kernel[(B, K, splits)](
-        q,
-        key_cache,
-        value_cache,
-        parts,
-        log_sums,
-        step.block_table,
-        step.query_start_loc,
-        step.seq_lens,
-        splits,
-        q.stride(0),
-        step.block_table.stride(0),
-        options.scale,
-        options.soft_cap or 0.0,
-        options.sliding_window or 0,
-        SPLIT=splits > 1,
-        ROWS=max(16, triton.next_power_of_2(group)),
-        **_constants(key_cache, group, options, block_d, block_n),
-        num_warps=8 if block_d >= 256 else 4 if block_d * q.element_size() > 256 else 2,
-        num_stages=2 if block_d * q.element_size() > 256 else 3,
-    )
-    if splits > 1:
-        _merge_kernel[(T, N)](
-            parts,
-            log_sums,
-            out,
-            splits,
-            HEAD_DIM=D,
-            BLOCK_D=block_d,
-            BLOCK_S=triton.next_power_of_2(splits),
-            num_warps=4,
-        )
-    return out
-
-
-def _tile_sizes(head_dim: int, item_size: int) -> tuple[int, int, int]:
-    """Padded head size, keys per tile, and the most query rows that shared memory leaves."""
-    block_d = max(16, triton.next_power_of_2(head_dim))
-    row_bytes = block_d * item_size
-    if item_size == 4:  # no tensor cores at full precision: large tiles only swell the code
-        return block_d, 32 if row_bytes <= 512 else 16, 32 if row_bytes <= 1024 else 16
-    block_n = min(64, max(16, 16384 // row_bytes))
-    return block_d, block_n, 64 if row_bytes <= 512 else 32
-
-
-def _num_splits(num_programs: int, max_seq_len: int) -> int:
-    """Aim at two programs a multiprocessor of a large GPU, each with 256 keys or more."""
-    wanted = triton.cdiv(264, num_programs)
-    return max(1, min(wanted, triton.cdiv(max_seq_len, 256), 64))
-
-
-def _constants(
-    key_cache: Tensor, group: int, options: Options, block_d: int, block_n: int
-) -> dict[str, int | bool]:
-    """The compile-time constants that both attention kernels share."""
-    return {
-        "GROUP": group,
-        "NUM_KV_HEADS": key_cache.shape[2],
-        "HEAD_DIM": key_cache.shape[3],
-        "BLOCK_SIZE": key_cache.shape[1],
-        "BLOCK_D": block_d,
-        "BLOCK_N": block_n,
-        "HAS_CAP": options.soft_cap is not None,
-        "HAS_WINDOW": options.sliding_window is not None,
-        "INTERPRET": knobs.runtime.interpret,
-    }
-
-
-@triton.jit
-def _attend(  # type: ignore[no-untyped-def]
-    q,  # [ROWS, BLOCK_D]
-    query_positions,  # [ROWS]
-    first,
-    end,
-    kv_head,
-    key_cache_ptr,
-    value_cache_ptr,
-    block_ids_ptr,
-    scale,
-    soft_cap,
-    sliding_window,
-    NUM_KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    INTERPRET: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Attend to keys [first, end): running maximum (base 2), sum and unscaled output.
-
-    What lies outside is never loaded, so whatever an earlier owner left there cannot spread.
-    """
-    LOG2_E: tl.constexpr = 1.4426950408889634
-    cols = tl.arange(0, BLOCK_D)
-    offsets = tl.arange(0, BLOCK_N)
-    largest = tl.full((ROWS,), -1e30, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    out = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    for start in range(first, end, BLOCK_N):
-        positions = start + offsets
-        live = positions < end
-        block_ids = tl.load(block_ids_ptr + positions // BLOCK_SIZE, live, other=0)
-        slots = block_ids.to(tl.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
-        at = (slots * NUM_KV_HEADS + kv_head) * HEAD_DIM
-        k_mask = live[None, :]
-        v_mask = live[:, None]
-        if HEAD_DIM != BLOCK_D:
-            k_mask = k_mask & (cols < HEAD_DIM)[:, None]
-            v_mask = v_mask & (cols < HEAD_DIM)[None, :]
-        k = tl.load(key_cache_ptr + at[None, :] + cols[:, None], k_mask, other=0.0)
-        v = tl.load(value_cache_ptr + at[:, None] + cols[None, :], v_mask, other=0.0)
-        if INTERPRET:  # the interpreter multiplies the bits of 16-bit numbers
-            k = k.to(tl.float32)
-            v = v.to(tl.float32)
-        scores = tl.dot(q, k, input_precision="ieee") * scale
-        if HAS_CAP:  # c tanh(s / c), as tanh(z) = 2 sigmoid(2z) - 1
-            scores = soft_cap * (2.0 * tl.sigmoid(2.0 * scores / soft_cap) - 1.0)
-        seen = live[None, :] & (positions[None, :] <= query_positions[:, None])
-        if HAS_WINDOW:
-            seen = seen & (positions[None, :] > query_positions[:, None] - sliding_window)
-        scores = tl.where(seen, scores * LOG2_E, -1e30)
-        new_largest = tl.maximum(largest, tl.max(scores, axis=1))
-        decay = tl.exp2(largest - new_largest)
-        weights = tl.where(seen, tl.exp2(scores - new_largest[:, None]), 0.0)
-        total = total * decay + tl.sum(weights, axis=1)
-        out = out * decay[:, None]
-        out = tl.dot(weights.to(v.dtype), v, out, input_precision="ieee")
-        largest = new_largest
-    return largest, total, out
-
-
-@triton.jit(do_not_specialize=["num_requests", "block_table_stride", "sliding_window"])
-def _prefill_kernel(  # type: ignore[no-untyped-def]
-    q_ptr,
-    key_cache_ptr,
-    value_cache_ptr,
-    out_ptr,
-    block_table_ptr,
-    query_start_loc_ptr,
-    seq_lens_ptr,
-    num_requests,
-    q_stride,
-    block_table_stride,
-    scale,
-    soft_cap,
-    sliding_window,
-    TILE_QUERIES: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUP: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    tile = tl.program_id(0)
-    kv_head = tl.program_id(1)
-    # Request b owns the tiles from query_start_loc[b] // TILE_QUERIES + b on: never fewer than
-    # it needs, and known without a look at the other requests. Find the last b that starts here
-    # or before.
-    b = tile * 0
-    after = num_requests
-    while after - b > 1:
-        middle = (b + after) // 2
-        starts_at = tl.load(query_start_loc_ptr + middle) // TILE_QUERIES + middle
-        if starts_at <= tile:
-            b = middle
-        else:
-            after = middle
-    query_start = tl.load(query_start_loc_ptr + b)
-    query_len = tl.load(query_start_loc_ptr + b + 1) - query_start
-    first_query = (tile - query_start // TILE_QUERIES - b) * TILE_QUERIES
-    if first_query < query_len:
-        seq_len = tl.load(seq_lens_ptr + b)
-        rows = tl.arange(0, ROWS)
-        queries = first_query + rows // GROUP
-        row_mask = (rows < TILE_QUERIES * GROUP) & (queries < query_len)
-        tokens = (query_start + queries).to(tl.int64)  # int64: T * N * D may pass 2**31
-        heads = kv_head * GROUP + rows % GROUP
-        cols = tl.arange(0, BLOCK_D)
-        mask = row_mask[:, None] & (cols < HEAD_DIM)[None, :]
-        q_at = tokens * q_stride + heads * HEAD_DIM
-        q = tl.load(q_ptr + q_at[:, None] + cols[None, :], mask, other=0.0)
-        if INTERPRET:
-            q = q.to(tl.float32)
-        query_positions = seq_len - query_len + queries
-        first = 0
-        if HAS_WINDOW:
-            first = tl.maximum(seq_len - query_len + first_query - sliding_window + 1, 0)
-        end = tl.minimum(seq_len, seq_len - query_len + first_query + TILE_QUERIES)
-        _, total, out = _attend(
-            q,
-            query_positions,
-            first,
-            end,
-            kv_head,
-            key_cache_ptr,
-            value_cache_ptr,
-            block_table_ptr + b.to(tl.int64) * block_table_stride,
-            scale,
-            soft_cap,
-            sliding_window,
-            NUM_KV_HEADS,
-            HEAD_DIM,
-            BLOCK_SIZE,
-            BLOCK_D,
-            BLOCK_N,
-            HAS_CAP,
-            HAS_WINDOW,
-            INTERPRET,
-            ROWS,
-        )
-        out = out / tl.maximum(total, 1e-30)[:, None]
-        out_at = (tokens * NUM_KV_HEADS * GROUP + heads) * HEAD_DIM
-        tl.store(out_ptr + out_at[:, None] + cols[None, :], out, mask)
-
-
-@triton.jit(do_not_specialize=["num_splits", "block_table_stride", "sliding_window"])
-def _decode_kernel(  # type: ignore[no-untyped-def]
-    q_ptr,
-    key_cache_ptr,
-    value_cache_ptr,
-    parts_ptr,  # with SPLIT [T, N, num_splits, D] float32, else the result, [T, N, D]
-    log_sums_ptr,  # with SPLIT [T, N, num_splits], base 2
-    block_table_ptr,
-    query_start_loc_ptr,
-    seq_lens_ptr,
-    num_splits,
-    q_stride,
-    block_table_stride,
-    scale,
-    soft_cap,
-    sliding_window,
-    SPLIT: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUP: tl.constexpr,
-    NUM_KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    INTERPRET: tl.constexpr,
-):
-    b = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1)
-    split = tl.program_id(2)
-    token = tl.load(query_start_loc_ptr + b)
-    if tl.load(query_start_loc_ptr + b + 1) > token:
-        seq_len = tl.load(seq_lens_ptr + b)
-        first = 0
-        if HAS_WINDOW:
-            first = tl.maximum(seq_len - sliding_window, 0)
-        end = seq_len
-        if SPLIT:
-            share = tl.cdiv(tl.cdiv(seq_len - first, num_splits), BLOCK_N) * BLOCK_N
-            first = first + split * share
-            end = tl.minimum(first + share, seq_len)
-        rows = tl.arange(0, ROWS)
-        cols = tl.arange(0, BLOCK_D)
-        mask = (rows < GROUP)[:, None] & (cols < HEAD_DIM)[None, :]
-        heads = kv_head * GROUP + rows
-        q_at = token.to(tl.int64) * q_stride + heads * HEAD_DIM
-        q = tl.load(q_ptr + q_at[:, None] + cols[None, :], mask, other=0.0)
-        if INTERPRET:
-            q = q.to(tl.float32)
-        largest, total, out = _attend(
-            q,
-            tl.full((ROWS,), 0, tl.int32) + seq_len - 1,
-            first,
-            end,
-            kv_head,
-            key_cache_ptr,
-            value_cache_ptr,
-            block_table_ptr + b * block_table_stride,
-            scale,
-            soft_cap,
-            sliding_window,
-            NUM_KV_HEADS,
-            HEAD_DIM,
-            BLOCK_SIZE,
-            BLOCK_D,
-            BLOCK_N,
-            HAS_CAP,
-            HAS_WINDOW,
-            INTERPRET,
-            ROWS,
-        )
-        out = out / tl.maximum(total, 1e-30)[:, None]
-        out_rows = token.to(tl.int64) * NUM_KV_HEADS * GROUP + heads
-        if SPLIT:
-            out_rows = out_rows * num_splits + split
-            log_sum = tl.where(total > 0.0, largest + tl.log2(tl.maximum(total, 1e-30)), -1e30)
-            tl.store(log_sums_ptr + out_rows, log_sum, rows < GROUP)
-        tl.store(parts_ptr + out_rows[:, None] * HEAD_DIM + cols[None, :], out, mask)
-
-
-@triton.jit(do_not_specialize=["num_splits"])
-def _merge_kernel(  # type: ignore[no-untyped-def]
-    parts_ptr,
-    log_sums_ptr,
-    out_ptr,
-    num_splits,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    splits = tl.arange(0, BLOCK_S)
-    cols = tl.arange(0, BLOCK_D)
-    in_split = splits < num_splits
-    log_sums = tl.load(log_sums_ptr + row * num_splits + splits, in_split, other=-1e30)
-    weights = tl.exp2(log_sums - tl.max(log_sums, axis=0))
-    weights = tl.where(in_split, weights, 0.0)
-    parts_at = (row * num_splits + splits)[:, None] * HEAD_DIM + cols[None, :]
-    mask = in_split[:, None] & (cols < HEAD_DIM)[None, :]
-    parts = tl.load(parts_ptr + parts_at, mask, other=0.0)
-    out = tl.sum(parts * weights[:, None], axis=0) / tl.sum(weights, axis=0)
-    tl.store(out_ptr + row * HEAD_DIM + cols, out, cols < HEAD_DIM)

@@ -16,7 +16,7 @@ from triton.runtime.jit import JITFunction
 
 from kernels import (
     activation,
-    gumbel,
+    decode_attention,
     logits,
     logprobs,
     paged_attention,
@@ -25,7 +25,7 @@ from kernels import (
     sampling,
     store_kv_cache,
 )
-from kernels.attention_step import Options, Step
+from kernels.attention_step import Options, Step, StepMemo
 from kernels.sampling_cpu import Rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -85,21 +85,17 @@ def compile_elementwise(dtype: torch.dtype) -> None:
 
 def compile_attention(dtype: torch.dtype, head_dim: int, options: Options) -> None:
     cache = torch.zeros(40, 16, 2, head_dim, dtype=dtype)
-    for queries, launch in (
-        (100, paged_attention.paged_attention_triton),
-        (2, paged_attention.paged_attention_triton),
-        (1, paged_attention.paged_decode_triton),
-    ):
-        q = torch.zeros(queries, 8, head_dim, dtype=dtype)
-        for seq_len in (600, 100):
-            step = Step(
-                torch.zeros(1, 40, dtype=torch.int32),
-                torch.tensor([0, queries], dtype=torch.int32),
-                torch.tensor([seq_len], dtype=torch.int32),
-                queries,
-                seq_len,
-            )
-            launch(q, cache, cache, step, options)
+    table, lens = torch.zeros(2, 40, dtype=torch.int32), torch.full((2,), 600, dtype=torch.int32)
+    for queries in (100, 2):
+        q = torch.zeros(queries + 1, 8, head_dim, dtype=dtype)
+        starts = torch.tensor([0, queries, queries + 1], dtype=torch.int32)
+        mixed = Step(table, starts, lens, queries, 600)
+        paged_attention.mixed_attention_triton(q, cache, cache, mixed, options)
+    alone = Step(table[:1], starts[:2], lens[:1], 2, 600)
+    paged_attention.mixed_attention_triton(q[:2], cache, cache, alone, options)
+    decode, memo = Step(table, torch.arange(3, dtype=torch.int32), lens, 1, 600), StepMemo()
+    for _ in range(2):  # the second layer is launched in another way
+        decode_attention.decode_attention_triton(q[:2], cache, cache, decode, options, memo)
 
 
 def compile_logits() -> None:
@@ -111,7 +107,7 @@ def compile_logits() -> None:
     logits.apply_bitmask_triton(x, ids, torch.zeros(B, -(-V // 32), dtype=torch.int32))
     logits.has_nan_triton(x)
     logprobs.token_logprobs_triton(x, ids, 2)
-    gumbel.gumbel_noise_triton(ids, ids, V)
+    sampling.gumbel_noise_triton(ids, ids, V)
     for any_filter in (False, True):
         sampling.sample_triton(x, Rows(ones, ids.int(), ones, ones, ids, ids), any_filter)
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from kernels.attention_step import Options, Step
+from kernels.decode_attention import decode_attention_triton
 from kernels.paged_attention import (
+    mixed_attention_triton,
     paged_attention,
     paged_attention_reference,
-    paged_attention_triton,
-    paged_decode_triton,
 )
 from tests.kernels.cases import DTYPES, assert_close, attention_inputs, random
 
@@ -70,7 +70,7 @@ def test_mixed_batch_equals_definition(
     options = Options(head_dim**-0.5, None, None)
 
     assert_close(
-        paged_attention_triton(*inputs, options), paged_attention_reference(*inputs, options)
+        mixed_attention_triton(*inputs, options), paged_attention_reference(*inputs, options)
     )
 
 
@@ -81,7 +81,7 @@ def test_window_and_cap_equal_definition(options: Options) -> None:
     mixed = attention_inputs([5, 1, 18], [35, 20, 40], heads=(3, 1), head_dim=20, block_size=8)
     decode = attention_inputs([1, 1], [35, 3], heads=(3, 1), head_dim=20, block_size=8)
 
-    for inputs, run in ((mixed, paged_attention_triton), (decode, paged_decode_triton)):
+    for inputs, run in ((mixed, mixed_attention_triton), (decode, decode_attention_triton)):
         assert_close(run(*inputs, options), paged_attention_reference(*inputs, options))
 
 
@@ -97,14 +97,16 @@ def test_decode_equals_definition(dtype: torch.dtype, seq_lens: list[int]) -> No
     inputs = attention_inputs([1] * len(seq_lens), seq_lens, heads=(6, 2), head_dim=24, dtype=dtype)
     options = Options(0.2, None, None)
 
-    assert_close(paged_decode_triton(*inputs, options), paged_attention_reference(*inputs, options))
+    assert_close(
+        decode_attention_triton(*inputs, options), paged_attention_reference(*inputs, options)
+    )
 
 
 def test_decode_skips_requests_without_queries_and_gives_zeros_for_no_keys() -> None:
     inputs = attention_inputs([1, 0, 1], [9, 9, 0], heads=(2, 1), head_dim=16)
     options = Options(0.2, None, None)
 
-    out = paged_decode_triton(*inputs, options)
+    out = decode_attention_triton(*inputs, options)
 
     assert_close(out, paged_attention_reference(*inputs, options))
     assert not out[1].any()

@@ -8,24 +8,21 @@ from pathlib import Path
 
 KERNELS = {
     "_bitmask_kernel",
-    "_collect_kernel",
     "_decode_kernel",
     "_draw_kernel",
     "_fused_add_rms_norm_kernel",
     "_gated_kernel",
     "_has_nan_kernel",
     "_logprobs_kernel",
-    "_merge_kernel",
     "_noise_kernel",
     "_penalties_kernel",
     "_pick_kernel",
+    "_plan_kernel",
     "_prefill_kernel",
-    "_rank_kernel",
     "_rms_norm_kernel",
     "_rotary_kernel",
-    "_scan_kernel",
-    "_settle_kernel",
     "_store_kernel",
+    "_threshold_kernel",
     "_token_bias_kernel",
 }
 SHARED_MEMORY_BYTES = 227 * 1024

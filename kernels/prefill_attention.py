@@ -1,0 +1,187 @@
+"""Attention of requests with several queries: whole prompts, chunks of them, and mixed steps.
+
+One program takes a tile of queries of one request, for one key head, and meets all their keys.
+The grid depends on the number of tokens and requests alone, so a step can be captured. Requests of
+one query may be left out: ``decode_attention`` serves them better.
+Shapes: T packed tokens, B requests, N query heads, K key/value heads, D head size, G = N / K.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.attend_keys import attend_keys, loop_constants
+from kernels.attention_step import Options, Step
+
+
+class PrefillTiles(NamedTuple):
+    """How a launch is cut."""
+
+    max_rows: int  # query rows in a tile, counting each head
+    num_keys: int
+    num_warps: int
+    num_stages: int
+
+
+def tiles_for(head_dim: int, item_size: int) -> PrefillTiles:
+    """The pinned choice for a head size and dtype."""
+    row_bytes = max(16, triton.next_power_of_2(head_dim)) * item_size
+    if item_size == 4:  # no tensor cores at full precision: large tiles only swell the code
+        rows = 32 if row_bytes <= 1024 else 16
+        return PrefillTiles(rows, 32 if row_bytes <= 512 else 16, 4 if row_bytes < 1024 else 8, 2)
+    if row_bytes > 256:
+        rows = 64 if row_bytes <= 512 else 32
+        return PrefillTiles(rows, max(16, 16384 // row_bytes), 8, 2)
+    return PrefillTiles(64, 64, 4, 3)
+
+
+def prefill_attention_triton(
+    q: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    step: Step,
+    options: Options,
+    *,
+    out: Tensor | None = None,
+    skip_single: bool = False,
+    tiles: PrefillTiles | None = None,
+) -> Tensor:
+    """Return [T, N, D], for any mix of requests.
+
+    Args:
+        out: [T, N, D], contiguous, to be written to; made here if None.
+        skip_single: leave the rows of requests with one query as they are.
+        tiles: another choice than the pinned one.
+    """
+    T, N, D = q.shape
+    K, B = key_cache.shape[2], step.seq_lens.shape[0]
+    if out is None:
+        out = torch.empty((T, N, D), dtype=q.dtype, device=q.device)
+    if T == 0 or B == 0 or N == 0:
+        return out
+    tiles = tiles or tiles_for(D, q.element_size())
+    group = N // K
+    rows = min(tiles.max_rows, triton.next_power_of_2(step.max_query_len * group))
+    rows = max(16, rows, triton.next_power_of_2(group))
+    queries = rows // group  # per tile
+    _prefill_kernel[(T // queries + B, K)](
+        q,
+        key_cache,
+        value_cache,
+        out,
+        step.block_table,
+        step.query_start_loc,
+        step.seq_lens,
+        B,
+        q.stride(0),
+        step.block_table.stride(0),
+        options.scale,
+        options.soft_cap or 0.0,
+        options.sliding_window or 0,
+        TILE_QUERIES=queries,
+        ROWS=rows,
+        SKIP_SINGLE=skip_single,
+        **loop_constants(
+            key_cache, group, options, max(16, triton.next_power_of_2(D)), tiles.num_keys
+        ),
+        num_warps=max(tiles.num_warps, 8 if rows >= 128 else 4),
+        num_stages=tiles.num_stages,
+    )
+    return out
+
+
+@triton.jit(do_not_specialize=["num_requests", "block_table_stride", "sliding_window"])
+def _prefill_kernel(  # type: ignore[no-untyped-def]
+    q_ptr,
+    key_cache_ptr,
+    value_cache_ptr,
+    out_ptr,
+    block_table_ptr,
+    query_start_loc_ptr,
+    seq_lens_ptr,
+    num_requests,
+    q_stride,
+    block_table_stride,
+    scale,
+    soft_cap,
+    sliding_window,
+    TILE_QUERIES: tl.constexpr,
+    ROWS: tl.constexpr,
+    SKIP_SINGLE: tl.constexpr,
+    GROUP: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    # Request b owns the tiles from query_start_loc[b] // TILE_QUERIES + b on: never fewer than
+    # it needs, and known without a look at the other requests. Find the last b that starts here
+    # or before.
+    b = tile * 0
+    after = num_requests
+    while after - b > 1:
+        middle = (b + after) // 2
+        starts_at = tl.load(query_start_loc_ptr + middle) // TILE_QUERIES + middle
+        if starts_at <= tile:
+            b = middle
+        else:
+            after = middle
+    query_start = tl.load(query_start_loc_ptr + b)
+    query_len = tl.load(query_start_loc_ptr + b + 1) - query_start
+    first_query = (tile - query_start // TILE_QUERIES - b) * TILE_QUERIES
+    is_wanted = first_query < query_len
+    if SKIP_SINGLE:
+        is_wanted = is_wanted & (query_len > 1)
+    if is_wanted:
+        seq_len = tl.load(seq_lens_ptr + b)
+        rows = tl.arange(0, ROWS)
+        queries = first_query + rows // GROUP
+        row_mask = (rows < TILE_QUERIES * GROUP) & (queries < query_len)
+        tokens = (query_start + queries).to(tl.int64)  # int64: T * N * D may pass 2**31
+        heads = kv_head * GROUP + rows % GROUP
+        cols = tl.arange(0, BLOCK_D)
+        mask = row_mask[:, None] & (cols < HEAD_DIM)[None, :]
+        q_at = tokens * q_stride + heads * HEAD_DIM
+        q = tl.load(q_ptr + q_at[:, None] + cols[None, :], mask, other=0.0)
+        if INTERPRET:
+            q = q.to(tl.float32)
+        query_positions = seq_len - query_len + queries
+        first = 0
+        if HAS_WINDOW:
+            first = tl.maximum(seq_len - query_len + first_query - sliding_window + 1, 0)
+        end = tl.minimum(seq_len, seq_len - query_len + first_query + TILE_QUERIES)
+        _, total, out = attend_keys(
+            q,
+            query_positions,
+            first,
+            end,
+            kv_head,
+            key_cache_ptr,
+            value_cache_ptr,
+            block_table_ptr + b.to(tl.int64) * block_table_stride,
+            scale,
+            soft_cap,
+            sliding_window,
+            NUM_KV_HEADS,
+            HEAD_DIM,
+            BLOCK_SIZE,
+            BLOCK_D,
+            BLOCK_N,
+            HAS_CAP,
+            HAS_WINDOW,
+            INTERPRET,
+            ROWS,
+            True,
+        )
+        out = out / tl.maximum(total, 1e-30)[:, None]
+        out_at = (tokens * NUM_KV_HEADS * GROUP + heads) * HEAD_DIM
+        tl.store(out_ptr + out_at[:, None] + cols[None, :], out, mask)
