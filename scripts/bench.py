@@ -1,51 +1,75 @@
-"""The benchmark command: one JSON line per measurement, a table, and a plot when asked for.
+"""The benchmark command: one JSON line per measurement, tables, and plots.
 
 Ratios between engines come from one run on one machine; a figure alone says little. Each run
 begins with the machine's own limits, measured there and then.
+
+  gpu         the suite that the published figures come from (also runs small on a CPU)
+  report      its results beside other engines', the limits and the aims: table and plot
+  profile     where the time of a decode step goes
+  latency     N requests at once        throughput  everything at once
+  serve       a server under load       bus         frontend and core without a model
 """
 
 import argparse
 import asyncio
 import json
-import platform
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bench_bus
+import bench_gpu
 import bench_offline
-import bench_serve
+import bench_profile
+import bench_report
 import bench_workload
+from bench_client import Load
+from bench_limits import measure_limits
+from bench_model import find_model
+from bench_serve import Server, measure_serving
 from bench_workload import Work
 
 Result = dict[str, Any]
-DEMO_MODEL = Path(__file__).resolve().parent / "demo_models" / "tiny"
-DEMO_IDS = (300, 8000)
-REAL_IDS = (1000, 100_000)
 SCRIPTED = "tests.engine_core.scripted_executor:ScriptedExecutor"
 
 
-def main() -> int:
-    """Run what the command line names."""
-    args = make_parser().parse_args()
-    report = Report(Path(args.output) if args.output else None)
-    report.add("machine", machine_limits(args.device))
-    for _ in range(args.rounds):
-        COMMANDS[args.command](args, report)
-    report.print_table()
-    if args.plot:
-        report.plot(Path(args.plot))
-    return 0
+def main(arguments: list[str] | None = None) -> int:
+    """Run what the command line names; the exit code."""
+    args = make_parser().parse_args(arguments)
+    result: int = args.run(args)
+    return result
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__)
-    parser.add_argument("command", choices=sorted(COMMANDS), help="what to measure")
-    parser.add_argument("--model", default=str(DEMO_MODEL), help="model directory")
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, module in {
+        "gpu": bench_gpu,
+        "report": bench_report,
+        "profile": bench_profile,
+    }.items():
+        command = commands.add_parser(name, description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    for name, work in COMMANDS.items():
+        command = commands.add_parser(name, description=work.__doc__)
+        add_ad_hoc_arguments(command)
+        command.set_defaults(run=run_ad_hoc, work=work, command=name)
+    return parser
+
+
+def add_ad_hoc_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of measurements whose sizes are free."""
+    parser.add_argument("--model", default="tiny", help="model directory, or a name of ours")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--dtype", default="auto")
-    parser.add_argument("--load-format", default="auto", help="dummy: random weights of the shape")
+    parser.add_argument("--load-format", help="dummy: random weights of the shape")
     parser.add_argument("--max-model-len", type=int, default=None)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="latency: sizes")
     parser.add_argument("--input-len", type=int, default=128)
@@ -64,30 +88,37 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--rounds", type=int, default=1, help="repeats, interleaved with the peer")
     parser.add_argument("--output", help="file that the JSON lines are appended to")
-    parser.add_argument("--plot", help="file for a bar chart (needs the extra `bench`)")
-    return parser
+
+
+def run_ad_hoc(args: argparse.Namespace) -> int:
+    """The machine's limits, then the rounds, then a table."""
+    report = Report(Path(args.output) if args.output else None)
+    report.add("machine", measure_limits(args.device))
+    for _ in range(args.rounds):
+        args.work(args, report)
+    report.print_table()
+    return 0
 
 
 def engine_options(args: argparse.Namespace, max_num_seqs: int) -> dict[str, Any]:
     """EngineArgs of every offline measurement."""
-    options: dict[str, Any] = {
-        "model": args.model,
+    model = find_model(args.model)
+    return {
+        "model": str(model.path),
         "device": args.device,
         "dtype": args.dtype,
-        "load_format": args.load_format,
+        "load_format": args.load_format or model.load_format,
         "max_model_len": args.max_model_len,
         "max_num_seqs": max_num_seqs,
         "enable_prefix_caching": False,
         "disable_log_stats": True,
+        "skip_tokenizer_init": not model.has_tokenizer,
     }
-    if not (Path(args.model) / "tokenizer.json").exists():
-        options["skip_tokenizer_init"] = True
-    return options
 
 
 def make_work(args: argparse.Namespace, num_requests: int) -> Work:
     """The requests that the flags describe."""
-    ids = DEMO_IDS if Path(args.model) == DEMO_MODEL else REAL_IDS
+    ids = find_model(args.model).id_range
     if args.lengths == "mixed" and args.command != "latency":
         return bench_workload.sharegpt_like(num_requests, ids, args.scale)
     return bench_workload.fixed(num_requests, args.input_len, args.output_len, ids)
@@ -97,9 +128,15 @@ def run_latency(args: argparse.Namespace, report: "Report") -> None:
     """N requests at once, for each N."""
     for batch in args.batch:
         work = make_work(args, batch)
-        result = bench_offline.measure_latency(
-            engine_options(args, max(batch, 8)), work, in_process=args.in_process
+        engine = bench_offline.open_engine(
+            engine_options(args, max(batch, 8)), in_process=args.in_process
         )
+        try:
+            warm = Work(prompts=work.prompts, output_lens=[8] * len(work.prompts))
+            bench_offline.run_requests(engine, warm)
+            result = bench_offline.measure_decode(engine, work)
+        finally:
+            engine.shutdown()
         report.add("latency", {"engine": "heliograph", "batch": batch} | result)
         if args.peer:
             report.add("latency", {"engine": "hf", "batch": batch} | _peer(args, work))
@@ -108,85 +145,62 @@ def run_latency(args: argparse.Namespace, report: "Report") -> None:
 def run_throughput(args: argparse.Namespace, report: "Report") -> None:
     """Everything submitted at once."""
     work = make_work(args, args.requests)
-    result = bench_offline.measure_throughput(
-        engine_options(args, 256), work, in_process=args.in_process
-    )
+    engine = bench_offline.open_engine(engine_options(args, 256), in_process=args.in_process)
+    try:
+        warm = Work(prompts=work.prompts[:8], output_lens=[8] * len(work.prompts[:8]))
+        bench_offline.run_requests(engine, warm)
+        result = bench_offline.measure_throughput(engine, work)
+    finally:
+        engine.shutdown()
     report.add("throughput", {"engine": "heliograph"} | result)
     if args.peer:
         report.add("throughput", {"engine": "hf"} | _peer(args, work))
 
 
 def _peer(args: argparse.Namespace, work: Work) -> Result:
+    path = find_model(args.model).path
     device = "cpu" if args.device in ("auto", "cpu") else args.device
     dtype = args.dtype
     if dtype == "auto":
-        config = json.loads((Path(args.model) / "config.json").read_text())
+        config = json.loads((path / "config.json").read_text())
         dtype = config.get("torch_dtype") or config.get("dtype") or "float32"
-    return bench_offline.measure_hugging_face(args.model, dtype, device, work)
+    return bench_offline.measure_hugging_face(str(path), dtype, device, work)
 
 
 def run_serve(args: argparse.Namespace, report: "Report") -> None:
     """A server under Poisson arrivals."""
-    arrivals = bench_workload.poisson_arrivals_s(args.rate, args.requests / args.rate)
-    work = make_work(args, len(arrivals))
-    flags = ["--model", args.model, "--dtype", args.dtype, "--load-format", args.load_format]
-    flags += ["--device", args.device, "--disable-log-requests"]
+    model = find_model(args.model)
+    flags = ["--model", str(model.path), "--dtype", args.dtype, "--device", args.device]
+    flags += ["--load-format", args.load_format or model.load_format, "--disable-log-requests"]
     if args.max_model_len:
         flags += ["--max-model-len", str(args.max_model_len)]
-    result = bench_serve.serve_and_measure(flags, args.port, work, arrivals)
+    with Server(flags, args.port) as server:
+        load = Load(
+            host="127.0.0.1",
+            port=args.port,
+            model=server.model,
+            id_range=model.id_range,
+            rate_per_s=args.rate,
+            duration_s=args.requests / args.rate,
+            scale=args.scale,
+        )
+        result = measure_serving(server, load) | {"ready_s": server.ready_s}
     report.add("serve", {"engine": "heliograph", "rate": args.rate} | result)
 
 
 def run_bus(args: argparse.Namespace, report: "Report") -> None:
     """Frontend and core with an executor that answers at once."""
-    result = asyncio.run(
-        bench_serve.measure_bus(SCRIPTED, args.model, args.streams, args.output_len)
-    )
+    path = str(find_model(args.model).path)
+    result = asyncio.run(bench_bus.measure_bus(SCRIPTED, path, args.streams, args.output_len))
     report.add("bus", {"engine": "heliograph"} | result)
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[[argparse.Namespace, "Report"], None]] = {
     "latency": run_latency,
     "throughput": run_throughput,
     "serve": run_serve,
     "bus": run_bus,
 }
-
-
-def machine_limits(device: str) -> Result:
-    """What the machine can do at most: read bandwidth and matrix rate, measured now."""
-    import torch
-
-    on_gpu = device != "cpu" and torch.cuda.is_available()
-    where, dtype = ("cuda", torch.bfloat16) if on_gpu else ("cpu", torch.float32)
-    size, num_bytes = (8192, 2**33) if on_gpu else (1024, 2**28)
-    a = torch.randn(size, size, device=where, dtype=dtype)
-    b = torch.randn(size, size, device=where, dtype=dtype)
-    big = torch.ones(num_bytes // 4, device=where, dtype=torch.float32)
-    matmul_s = _best_s(lambda: torch.mm(a, b), on_gpu)
-    read_s = _best_s(lambda: big.sum(), on_gpu)
-    return {
-        "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "matmul_tflop_s": round(2 * size**3 / matmul_s / 1e12, 2),
-        "read_gb_s": round(num_bytes / read_s / 1e9, 1),
-    }
-
-
-def _best_s(work: Any, on_gpu: bool) -> float:
-    import torch
-
-    best = float("inf")
-    for _ in range(8):
-        if on_gpu:
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        work()
-        if on_gpu:
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return best
 
 
 class Report:
@@ -219,22 +233,6 @@ class Report:
                     "  ".join(cell.rjust(w) for cell, w in zip(line, widths, strict=True)),
                     file=sys.stderr,
                 )
-
-    def plot(self, path: Path) -> None:
-        """Bars of output tokens per second, engine beside engine."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        rows = [row for row in self._rows if "tok_s" in row]
-        labels = [f"{r['kind']} {r.get('batch', '')}\n{r['engine']}" for r in rows]
-        figure, axes = pyplot.subplots(figsize=(max(4, 1.2 * len(rows)), 4))
-        axes.bar(range(len(rows)), [row["tok_s"] for row in rows])
-        axes.set_xticks(range(len(rows)), labels, fontsize=8)
-        axes.set_ylabel("output tokens per second")
-        figure.tight_layout()
-        figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

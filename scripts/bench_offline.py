@@ -1,106 +1,127 @@
-"""Offline measurements: latency of N requests at once, throughput of many, and a peer beside them.
+"""Offline measurements on an engine that runs: decode, throughput, prefill, a shared prefix.
 
-The peer is ``transformers.generate`` with the same work, dtype and threads in the same run.
+Times are taken in the caller's process, where tokens arrive as deltas. The peer is
+``transformers.generate`` with the same work, dtype and threads in the same run.
 """
 
 import itertools
+import statistics
 import time
+from dataclasses import dataclass, field
 from typing import Any
 
 from bench_workload import Work
 
 from frontend import LLM, EngineArgs, LLMEngine, SamplingParams
+from ipc.sampling_params import RequestOutputKind
 
 Result = dict[str, Any]
+_numbers = itertools.count()  # request names are unique in a process
 
 
-def measure_latency(args: dict[str, Any], work: Work, *, in_process: bool) -> Result:
-    """Step the engine by hand; the steady state runs from everyone's first token to the first end.
+@dataclass(slots=True)
+class Timeline:
+    """What arrived when, of requests submitted together. Times are ``time.perf_counter()``."""
 
-    Returns milliseconds per step (mean, p50, p99) and output tokens per second of the steady
-    state and of the whole run.
-    """
-    engine = LLMEngine.from_engine_args(EngineArgs(**args), enable_multiprocessing=not in_process)
-    try:
-        _run_engine(engine, Work(prompts=work.prompts, output_lens=[8] * len(work.prompts)), "warm")
-        return _run_engine(engine, work, "run")
-    finally:
-        engine.shutdown()
+    started_s: float
+    first_token_s: dict[str, float] = field(default_factory=dict)  # by request
+    arrivals: list[tuple[float, int]] = field(default_factory=list)  # time, new tokens
+    first_end_s: float = 0.0
+    ended_s: float = 0.0
+
+    @property
+    def num_tokens(self) -> int:
+        """All tokens that arrived."""
+        return sum(num_new for _, num_new in self.arrivals)
+
+    @property
+    def ttft_ms(self) -> list[float]:
+        """Each request's first token, from before the first submission; in rising order."""
+        return sorted(1e3 * (t - self.started_s) for t in self.first_token_s.values())
 
 
-def _run_engine(engine: LLMEngine, work: Work, name: str) -> Result:
-    started = time.perf_counter()
-    for i, (prompt, output_len) in enumerate(zip(work.prompts, work.output_lens, strict=True)):
-        params = SamplingParams(
-            temperature=0.0, max_tokens=output_len, ignore_eos=True, detokenize=False
-        )
-        engine.add_request(f"{name}-{i}", {"prompt_token_ids": prompt}, params)
-    num_seen: dict[str, int] = {}
-    arrivals: list[tuple[float, int]] = []  # (time, tokens that arrived)
-    all_started = first_end = None
+def run_requests(engine: LLMEngine, work: Work) -> Timeline:
+    """Submit everything, step until all of it has ended."""
+    timeline = Timeline(time.perf_counter())
+    for prompt, output_len in zip(work.prompts, work.output_lens, strict=True):
+        add_request(engine, prompt, output_len)
     while engine.has_unfinished_requests():
-        outputs = engine.step()
-        now = time.perf_counter()
-        num_new = 0
-        for output in outputs:
-            num_tokens = len(output.outputs[0].token_ids)
-            num_new += num_tokens - num_seen.get(output.request_id, 0)
-            num_seen[output.request_id] = num_tokens
-            if output.finished and first_end is None:
-                first_end = now
-        if all_started is None and len(num_seen) == len(work.prompts):
-            all_started = now
-        if num_new:
-            arrivals.append((now, num_new))
-    ended = time.perf_counter()
-    assert all_started is not None, "no request produced a token"
-    assert first_end is not None, "no request finished"
-    return _steady(arrivals, all_started, first_end) | {
-        "requests": len(work.prompts),
-        "output_tokens": sum(num_seen.values()),
-        "seconds": round(ended - started, 3),
-        "tok_s": round(sum(num_seen.values()) / (ended - started), 1),
+        follow_step(engine, timeline)
+    timeline.ended_s = time.perf_counter()
+    assert timeline.num_tokens == work.num_output_tokens, f"{timeline.num_tokens} tokens came"
+    return timeline
+
+
+def add_request(engine: LLMEngine, prompt: list[int], output_len: int) -> None:
+    """Submit one greedy request that generates exactly ``output_len`` tokens."""
+    params = SamplingParams(
+        temperature=0.0,
+        max_tokens=output_len,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )
+    engine.add_request(f"bench-{next(_numbers)}", {"prompt_token_ids": prompt}, params)
+
+
+def follow_step(engine: LLMEngine, timeline: Timeline) -> None:
+    """Await one step's outputs and note them."""
+    outputs = engine.step()
+    now = time.perf_counter()
+    num_new = 0
+    for output in outputs:
+        num_new += len(output.outputs[0].token_ids)
+        timeline.first_token_s.setdefault(output.request_id, now)
+        if output.finished and not timeline.first_end_s:
+            timeline.first_end_s = now
+    if num_new:
+        timeline.arrivals.append((now, num_new))
+
+
+def measure_decode(engine: LLMEngine, work: Work) -> Result:
+    """N requests at once; steady from everyone's first token to the first end."""
+    timeline = run_requests(engine, work)
+    seconds = timeline.ended_s - timeline.started_s
+    return _steady(timeline, len(work.prompts)) | {
+        "ttft_ms_last": round(timeline.ttft_ms[-1], 2),
+        "seconds": round(seconds, 3),
+        "tok_s": round(timeline.num_tokens / seconds, 1),
+        "output_tokens": timeline.num_tokens,
     }
 
 
-def _steady(arrivals: list[tuple[float, int]], start: float, end: float) -> Result:
-    inside = [(t, n) for t, n in arrivals if start < t <= end]
-    if not inside:
+def _steady(timeline: Timeline, batch: int) -> Result:
+    start = max(timeline.first_token_s.values())
+    inside = [(t, n) for t, n in timeline.arrivals if start < t <= timeline.first_end_s]
+    if not inside:  # the last one began when the first one had ended
         return {}
     times = [start] + [t for t, _ in inside]
     gaps_ms = sorted(1e3 * (b - a) for a, b in itertools.pairwise(times))
+    tok_s = sum(n for _, n in inside) / (times[-1] - start)
     return {
-        "steady_tok_s": round(sum(n for _, n in inside) / (times[-1] - start), 1),
-        "step_ms_mean": round(sum(gaps_ms) / len(gaps_ms), 3),
-        "step_ms_p50": round(gaps_ms[len(gaps_ms) // 2], 3),
-        "step_ms_p99": round(gaps_ms[int(0.99 * (len(gaps_ms) - 1))], 3),
+        "steady_tok_s": round(tok_s, 1),
+        "step_ms_mean": round(1e3 * batch / tok_s, 3),
+        "step_ms_p50": round(percentile(gaps_ms, 50), 3),
+        "step_ms_p99": round(percentile(gaps_ms, 99), 3),
     }
 
 
-def measure_throughput(args: dict[str, Any], work: Work, *, in_process: bool) -> Result:
-    """All requests submitted at once through ``LLM.generate``, after a short warm-up."""
-    llm = (
-        LLM.from_engine(LLMEngine.from_engine_args(EngineArgs(**args)))
-        if in_process
-        else LLM(**args)
-    )
-    try:
-        llm.generate(
-            prompt_token_ids=work.prompts[:8],
-            sampling_params=SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True),
-            use_tqdm=False,
-        )
-        params = [
-            SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True, detokenize=False)
-            for n in work.output_lens
-        ]
-        started = time.perf_counter()
-        outputs = llm.generate(
-            prompt_token_ids=work.prompts, sampling_params=params, use_tqdm=False
-        )
-        seconds = time.perf_counter() - started
-    finally:
-        llm.llm_engine.shutdown()
+def percentile(values: list[float], percent: float) -> float:
+    """The value at this rank of at least one; no interpolation."""
+    values = sorted(values)
+    return values[round(percent / 100 * (len(values) - 1))]
+
+
+def measure_throughput(engine: LLMEngine, work: Work) -> Result:
+    """All requests submitted at once through ``LLM.generate``."""
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True, detokenize=False)
+        for n in work.output_lens
+    ]
+    llm = LLM.from_engine(engine)
+    started = time.perf_counter()
+    outputs = llm.generate(prompt_token_ids=work.prompts, sampling_params=params, use_tqdm=False)
+    seconds = time.perf_counter() - started
     num_tokens = sum(len(output.outputs[0].token_ids) for output in outputs)
     assert num_tokens == work.num_output_tokens, f"{num_tokens} tokens came back"
     return {
@@ -109,7 +130,36 @@ def measure_throughput(args: dict[str, Any], work: Work, *, in_process: bool) ->
         "output_tokens": num_tokens,
         "seconds": round(seconds, 3),
         "tok_s": round(num_tokens / seconds, 1),
+        "total_tok_s": round((num_tokens + work.num_input_tokens) / seconds, 1),
     }
+
+
+def measure_prefill(engine: LLMEngine, work: Work, repeats: int = 3) -> Result:
+    """Time to the last request's first token: the median of several, after one for warmth."""
+    runs = [run_requests(engine, work).ttft_ms[-1] for _ in range(repeats + 1)][1:]
+    ttft_ms = statistics.median(runs)
+    return {
+        "ttft_ms": round(ttft_ms, 2),
+        "ttft_ms_all": [round(each, 2) for each in runs],
+        "prompt_tok_s": round(1e3 * work.num_input_tokens / ttft_ms, 1),
+    }
+
+
+def measure_prefix(engine: LLMEngine, work: Work) -> Result:
+    """Requests that share a prefix, which is in the cache or not as the caller arranged."""
+    timeline = run_requests(engine, work)
+    seconds = timeline.ended_s - timeline.started_s
+    return {
+        "ttft_ms_p50": round(percentile(timeline.ttft_ms, 50), 1),
+        "ttft_ms_max": round(timeline.ttft_ms[-1], 1),
+        "seconds": round(seconds, 3),
+        "tok_s": round(timeline.num_tokens / seconds, 1),
+    }
+
+
+def open_engine(args: dict[str, Any], *, in_process: bool = False) -> LLMEngine:
+    """An engine, with processes of its own unless told otherwise."""
+    return LLMEngine.from_engine_args(EngineArgs(**args), enable_multiprocessing=not in_process)
 
 
 def measure_hugging_face(model_path: str, dtype: str, device: str, work: Work) -> Result:

@@ -1,212 +1,152 @@
-"""Online measurements: a server under Poisson arrivals, and the message bus under many streams.
+"""Online measurements: our server under Poisson arrivals, driven by a client process.
 
-The client speaks HTTP/1.1 over plain asyncio streams: a full HTTP library would be the slowest
-part of the measurement.
+Server, core and worker are weighed from outside while the client measures.
 """
 
 import asyncio
-import itertools
 import json
-import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from dataclasses import dataclass, field
-from typing import Any
-from urllib.parse import urlsplit
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
-import psutil
-from bench_workload import Work
+import bench_client
+from bench_client import Load
+from bench_processes import Usage, usage_by_role, used_between
 
 Result = dict[str, Any]
+HOST = "127.0.0.1"
+STOP_S = 60.0
 
 
-@dataclass(slots=True)
-class Stream:
-    """What the client saw of one request. Times are ``time.perf_counter()``."""
+class Server:
+    """Owns a server process and what it starts, from entering to leaving the ``with`` block.
 
-    sent_at_s: float = 0.0
-    chunk_times_s: list[float] = field(default_factory=list)
-    num_tokens: int = 0
-    error: str | None = None
-
-
-def serve_and_measure(flags: list[str], port: int, work: Work, arrivals_s: list[float]) -> Result:
-    """Start a server on loopback, drive it, stop it."""
-    command = [sys.executable, "-m", "frontend", "--port", str(port), "--host", "127.0.0.1", *flags]
-    started = time.perf_counter()
-    with subprocess.Popen(command, start_new_session=True) as server:
-        try:
-            url = f"http://127.0.0.1:{port}"
-            model = asyncio.run(_wait_until_ready(url, server))
-            ready_s = time.perf_counter() - started
-            result = asyncio.run(drive(url, model, work, arrivals_s))
-            cores = _cpu_s(server.pid)
-        finally:
-            server.send_signal(signal.SIGTERM)
-            server.wait(60)
-    return result | {"ready_s": round(ready_s, 2), "cpu_s_per_process": cores}
-
-
-async def drive(url: str, model: str, work: Work, arrivals_s: list[float]) -> Result:
-    """Send each request at its time, stream the answers, and sum up what a client feels."""
-    bodies = [
-        json.dumps(
-            {
-                "model": model, "prompt": prompt, "max_tokens": output_len, "ignore_eos": True,
-                "temperature": 0, "stream": True, "stream_options": {"include_usage": True},
-            }
-        ).encode()
-        for prompt, output_len in zip(work.prompts, work.output_lens, strict=True)
-    ]  # fmt: skip
-    streams = [Stream() for _ in bodies]
-    start = time.perf_counter() + 0.2
-    async with asyncio.TaskGroup() as tasks:
-        for at_s, body, stream in zip(arrivals_s, bodies, streams, strict=True):
-            await asyncio.sleep(max(0.0, start + at_s - time.perf_counter()))
-            tasks.create_task(_stream_one(url, body, stream))
-    return _summary(streams, start)
-
-
-async def _stream_one(url: str, body: bytes, stream: Stream) -> None:
-    address = urlsplit(url)
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: {address.netloc}\r\nConnection: close\r\n"
-        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
-    stream.sent_at_s = time.perf_counter()
-    try:
-        reader, writer = await asyncio.open_connection(address.hostname, address.port, limit=2**20)
-        writer.write(head.encode() + body)
-        status = await reader.readline()
-        if b" 200 " not in status:
-            stream.error = status.decode(errors="replace").strip()
-            return
-        async for line in reader:
-            if line.startswith(b"data: {"):
-                if b'"choices":[]' in line.replace(b" ", b"")[:4096]:
-                    stream.num_tokens = json.loads(line[6:])["usage"]["completion_tokens"]
-                else:
-                    stream.chunk_times_s.append(time.perf_counter())
-        writer.close()
-    except OSError as err:
-        stream.error = repr(err)
-
-
-def _summary(streams: list[Stream], start: float) -> Result:
-    whole = [s for s in streams if s.error is None and s.num_tokens and s.chunk_times_s]
-    failed = [s.error for s in streams if s.error is not None]
-    if not whole:
-        return {"requests": len(streams), "failed": len(failed), "first_error": failed[:1]}
-    end = max(s.chunk_times_s[-1] for s in whole)
-    ttft = [1e3 * (s.chunk_times_s[0] - s.sent_at_s) for s in whole]
-    gaps = [1e3 * (b - a) for s in whole for a, b in itertools.pairwise(s.chunk_times_s)]
-    tpot = [
-        1e3 * (s.chunk_times_s[-1] - s.chunk_times_s[0]) / (s.num_tokens - 1)
-        for s in whole
-        if s.num_tokens > 1
-    ]
-    num_tokens = sum(s.num_tokens for s in whole)
-    return {
-        "requests": len(streams),
-        "failed": len(failed),
-        "first_error": failed[:1],
-        "seconds": round(end - start, 2),
-        "tok_s": round(num_tokens / (end - start), 1),
-        "chunks_per_token": round(sum(len(s.chunk_times_s) for s in whole) / num_tokens, 4),
-        "ttft_ms_p50": _percentile(ttft, 50),
-        "ttft_ms_p99": _percentile(ttft, 99),
-        "itl_ms_p50": _percentile(gaps, 50),
-        "itl_ms_p99": _percentile(gaps, 99),
-        "tpot_ms_p50": _percentile(tpot, 50),
-        "tpot_ms_p99": _percentile(tpot, 99),
-    }
-
-
-def _percentile(values: list[float], percent: float) -> float | None:
-    values = sorted(values)
-    return round(values[round(percent / 100 * (len(values) - 1))], 3) if values else None
-
-
-async def _wait_until_ready(url: str, server: "subprocess.Popen[bytes]") -> str:
-    """The first served model's name, once the server answers."""
-    address = urlsplit(url)
-    while server.poll() is None:
-        try:
-            reader, writer = await asyncio.open_connection(address.hostname, address.port)
-            head = f"GET /v1/models HTTP/1.1\r\nHost: {address.netloc}\r\nConnection: close"
-            writer.write(head.encode() + b"\r\n\r\n")
-            answer = await reader.read()
-            writer.close()
-            if b" 200 " in answer.split(b"\r\n", 1)[0]:
-                return str(json.loads(answer.split(b"\r\n\r\n", 1)[1])["data"][0]["id"])
-        except OSError:
-            pass
-        await asyncio.sleep(0.05)
-    raise RuntimeError(f"the server ended with exit code {server.returncode} before it was ready")
-
-
-def _cpu_s(pid: int) -> dict[str, float]:
-    """CPU seconds of a process tree, by what each process is."""
-    root = psutil.Process(pid)
-    seconds: dict[str, float] = {}
-    for process in [root, *root.children(recursive=True)]:
-        arguments = process.cmdline()
-        name = arguments[arguments.index("-m") + 1] if "-m" in arguments else "other"
-        times = process.cpu_times()
-        seconds[name] = round(seconds.get(name, 0.0) + times.user + times.system, 2)
-    return seconds
-
-
-async def measure_bus(executor_class: str, model: str, num_streams: int, num_tokens: int) -> Result:
-    """CPU time per token and stream of frontend and core when the model costs nothing.
-
-    Streams are read from ``AsyncLLM`` as text deltas, so detokenising is part of the figure.
+    What it writes is shown only when it fails.
     """
-    from frontend import AsyncEngineArgs, AsyncLLM, SamplingParams
-    from ipc.sampling_params import RequestOutputKind
 
-    engine = AsyncLLM.from_engine_args(
-        AsyncEngineArgs(
-            model=model,
-            executor_class=executor_class,
-            max_num_seqs=num_streams,
-            max_num_batched_tokens=max(2048, num_streams),
-            disable_log_stats=True,
-            disable_log_requests=True,
+    def __init__(self, flags: list[str], port: int) -> None:
+        self.port = port
+        self.model = ""  # the name that it serves; set once it is ready
+        self.ready_s = 0.0  # from the process's start
+        self.first_answer_s = 0.0
+        command = [sys.executable, "-m", "frontend", "--port", str(port), "--host", HOST, *flags]
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the server
+        self._started = time.perf_counter()
+        self._process = subprocess.Popen(
+            command, start_new_session=True, stdout=self._log, stderr=subprocess.STDOUT
         )
-    )
 
-    async def read(name: str, length: int) -> int:
-        params = SamplingParams(
-            temperature=1.0, seed=1, max_tokens=length, ignore_eos=True,
-            output_kind=RequestOutputKind.DELTA,
-        )  # fmt: skip
-        count = 0
-        async for output in engine.generate({"prompt_token_ids": [5, 6, 7]}, params, name):
-            count += len(output.outputs[0].token_ids)
-        return count
+    def __enter__(self) -> Self:
+        """Wait until it answers, and have it answer one prompt."""
+        try:
+            self.model = asyncio.run(self._wait_until_ready())
+            self.ready_s = round(time.perf_counter() - self._started, 2)
+            asyncio.run(self._answer_one())
+            self.first_answer_s = round(time.perf_counter() - self._started, 2)
+        except BaseException:
+            self._stop()
+            self._show_log()
+            raise
+        return self
 
-    try:
-        await asyncio.gather(*(read(f"warm-{i}", 8) for i in range(num_streams)))
-        tree_before, own_before = _cpu_s(os.getpid()), time.process_time()
-        started = time.perf_counter()
-        counts = await asyncio.gather(*(read(f"run-{i}", num_tokens) for i in range(num_streams)))
-        seconds = time.perf_counter() - started
-        own_s = time.process_time() - own_before
-        tree_after = _cpu_s(os.getpid())
-    finally:
-        engine.shutdown()
-    assert counts == [num_tokens] * num_streams, "tokens were lost"
-    core_s = tree_after.get("engine_core", 0.0) - tree_before.get("engine_core", 0.0)
-    total = num_streams * num_tokens
-    return {
-        "streams": num_streams,
-        "tokens_per_stream": num_tokens,
-        "seconds": round(seconds, 3),
-        "tok_s": round(total / seconds, 1),
-        "frontend_cpu_us_per_token": round(1e6 * own_s / total, 2),
-        "core_cpu_us_per_token": round(1e6 * core_s / total, 2),
-        "wall_us_per_token": round(1e6 * seconds / total, 2),
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Stop it, and wait for its end."""
+        self._stop()
+        if error is not None:
+            self._show_log()
+        self._log.close()
+
+    def usage(self) -> dict[str, Usage]:
+        """What its processes have used so far."""
+        return usage_by_role(self._process.pid, "api")
+
+    def _stop(self) -> None:
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(STOP_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _show_log(self) -> None:
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").splitlines()
+        print("\n".join(line[:500] for line in lines[-40:]), file=sys.stderr)
+
+    async def _wait_until_ready(self) -> str:
+        while self._process.poll() is None:
+            try:
+                answer = await self._exchange("GET /v1/models", b"")
+            except OSError:
+                await asyncio.sleep(0.02)
+            else:
+                return str(answer["data"][0]["id"])
+        code = self._process.returncode
+        raise RuntimeError(f"the server ended with exit code {code} before it was ready")
+
+    async def _answer_one(self) -> None:
+        body = {"model": self.model, "prompt": [1000] * 16, "max_tokens": 4, "ignore_eos": True}
+        answer = await self._exchange("POST /v1/completions", json.dumps(body).encode())
+        assert answer["choices"][0]["text"], "the server made no text"
+
+    async def _exchange(self, request: str, body: bytes) -> Any:
+        reader, writer = await asyncio.open_connection(HOST, self.port)
+        head = (
+            f"{request} HTTP/1.1\r\nHost: {HOST}:{self.port}\r\nConnection: close\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        )
+        writer.write(head.encode() + body)
+        answer = await reader.read()
+        writer.close()
+        status, _, rest = answer.partition(b"\r\n")
+        if b" 200 " not in status:
+            raise RuntimeError(f"the server answered {status!r}: {rest[-500:]!r}")
+        return json.loads(answer.split(b"\r\n\r\n", 1)[1])
+
+
+def measure_serving(server: Server, load: Load) -> Result:
+    """Run one load through a client process; what it felt and what the server's processes used."""
+    command = [sys.executable, str(Path(bench_client.__file__))]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as client:
+        assert client.stdin is not None
+        assert client.stdout is not None
+        client.stdin.write(bench_client.encode_load(load))
+        client.stdin.flush()
+        if client.stdout.readline() != "ready\n":
+            raise RuntimeError(f"the client ended with exit code {client.wait()}")
+        before = server.usage()
+        client.stdin.write("go\n")
+        client.stdin.flush()
+        answer = client.stdout.readline()
+        used = used_between(before, server.usage())
+    result: Result = json.loads(answer)
+    if result["failed"]:
+        raise RuntimeError(f"{result['failed']} requests failed: {result['first_error']}")
+    return result | _weigh(used, result)
+
+
+def _weigh(used: dict[str, Usage], result: Result) -> Result:
+    seconds = result["seconds"]
+    weights: Result = {
+        f"{role}_cores": round(usage.cpu_s / seconds, 3)
+        for role, usage in used.items()
+        if role in ("api", "core", "worker")
     }
+    weights["api_us_per_token"] = round(1e6 * used["api"].cpu_s / result["output_tokens"], 2)
+    weights["core_worker_cores"] = round(
+        sum(used[role].cpu_s for role in ("core", "worker") if role in used) / seconds, 3
+    )
+    weights["api_rss_mib"] = round(used["api"].rss_bytes / 2**20)
+    return weights

@@ -1,0 +1,171 @@
+"""Where the time of a steady decode step goes: GPU kernels, gaps, and every process's CPU time.
+
+First some steps are timed and the processes weighed as they are; then as many are recorded by the
+worker's profiler, which slows the CPU down. So the idle share is told twice: within the trace, and
+as the part of an unrecorded step that the recorded kernels do not fill.
+"""
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import bench_offline
+import bench_workload
+from bench_gpu import DEFAULT_OUTPUT, parse_setting
+from bench_model import find_model
+from bench_offline import Timeline
+from bench_processes import Usage, usage_by_role, used_between
+from bench_record import Recorder, describe_run
+from bench_trace import Breakdown, Share, break_down, read_spans
+from bench_workload import FULL
+
+from frontend import LLMEngine
+
+Result = dict[str, Any]
+SETTLE_STEPS = 12  # after the last request's first token
+SPARE_STEPS = 40  # that requests live on: control operations take a few steps
+TOP_KERNELS = 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of a profile."""
+    add = parser.add_argument
+    add("--model", default="llama-8b", help="a model's name or directory")
+    add("--batch", type=int, nargs="+", default=[32])
+    add("--input-len", type=int, default=128)
+    add("--steps", type=int, default=64, help="to time without the profiler")
+    add("--traced-steps", type=int, default=24, help="to record")
+    add("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    add("--output", type=Path, default=DEFAULT_OUTPUT, help="file that JSON lines are appended to")
+    add("--traces", type=Path, help="keep the traces in this directory")
+    add("--commit", help="recorded with the results; unset: what git says")
+    add("--engine-arg", action="append", default=[], metavar="NAME=VALUE")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Profile each batch on one engine."""
+    model = find_model(args.model)
+    recorder = Recorder(args.output, describe_run(args.commit))
+    engine = bench_offline.open_engine(
+        {
+            "model": str(model.path),
+            "load_format": model.load_format,
+            "device": args.device,
+            "max_model_len": model.max_model_len,
+            "max_num_seqs": FULL.max_num_seqs,
+            "max_num_batched_tokens": FULL.offline_tokens,
+            "gpu_memory_utilization": 0.92,
+            "enable_prefix_caching": False,
+            "skip_tokenizer_init": True,
+            "disable_log_stats": True,
+        }
+        | dict(map(parse_setting, args.engine_arg))
+    )
+    try:
+        for batch in args.batch:
+            with tempfile.TemporaryDirectory(prefix="bench-trace-") as directory:
+                traces = (args.traces or Path(directory)) / f"b{batch}"
+                figures = profile_decode(engine, model.id_range, batch, traces, args)
+            recorder.add(f"profile.b{batch}", figures, model=model.name)
+    finally:
+        engine.shutdown()
+    return 0
+
+
+def profile_decode(
+    engine: LLMEngine,
+    id_range: tuple[int, int],
+    batch: int,
+    traces: Path,
+    args: argparse.Namespace,
+) -> Result:
+    """Run ``batch`` requests into their steady state, time steps, record steps, print a table."""
+    output_len = SETTLE_STEPS + args.steps + args.traced_steps + SPARE_STEPS
+    work = bench_workload.fixed(batch, args.input_len, output_len, id_range)
+    timeline = Timeline(time.perf_counter())
+    for prompt in work.prompts:
+        bench_offline.add_request(engine, prompt, output_len)
+    while len(timeline.first_token_s) < batch:
+        bench_offline.follow_step(engine, timeline)
+    _follow(engine, timeline, SETTLE_STEPS)
+    before = usage_by_role(os.getpid(), "frontend")
+    step_us = _follow(engine, timeline, args.steps)
+    used = used_between(before, usage_by_role(os.getpid(), "frontend"))
+    num_traced, (trace,) = _record(engine, timeline, traces, args.traced_steps)
+    while engine.has_unfinished_requests():
+        engine.step()
+    breakdown = break_down(read_spans(Path(trace)), num_traced)
+    cpu_us = {role: _per_step(usage, args.steps) for role, usage in used.items()}
+    _print(batch, step_us, cpu_us, breakdown)
+    return _figures(step_us, cpu_us, breakdown)
+
+
+def _follow(engine: LLMEngine, timeline: Timeline, num_steps: int) -> float:
+    """Await this many messages of a steady state; microseconds a step."""
+    start, num_before = timeline.arrivals[-1][0], timeline.num_tokens
+    target = len(timeline.arrivals) + num_steps
+    while len(timeline.arrivals) < target:
+        assert engine.has_unfinished_requests(), "the requests ended within the measurement"
+        bench_offline.follow_step(engine, timeline)
+    num_requests = len(timeline.first_token_s)
+    num_done = (timeline.num_tokens - num_before) / num_requests
+    return 1e6 * (timeline.arrivals[-1][0] - start) / num_done
+
+
+def _record(
+    engine: LLMEngine, timeline: Timeline, traces: Path, num_steps: int
+) -> tuple[int, list[str]]:
+    """Profile about this many steps; how many they were, and the trace files."""
+    engine.start_profile(str(traces))
+    first = engine.get_stats().num_steps
+    _follow(engine, timeline, num_steps)
+    last = engine.get_stats().num_steps
+    return last - first, engine.stop_profile()
+
+
+def _per_step(usage: Usage, num_steps: int) -> tuple[float, float]:
+    """Microseconds of the main thread and of all threads."""
+    return 1e6 * usage.main_s / num_steps, 1e6 * usage.cpu_s / num_steps
+
+
+def _figures(
+    step_us: float, cpu_us: dict[str, tuple[float, float]], breakdown: Breakdown
+) -> Result:
+    return {
+        "step_ms": round(step_us / 1e3, 3),
+        "gpu_busy_ms": round(breakdown.busy_us / 1e3, 3),
+        "idle_share": round(1 - breakdown.busy_us / step_us, 4),
+        "idle_share_traced": round(breakdown.idle_share, 4),
+        "traced_step_ms": round(breakdown.step_us / 1e3, 3),
+        "traced_steps": breakdown.num_steps,
+        "cpu_us": {role: round(total) for role, (_, total) in cpu_us.items()},
+        "groups_us": {share.name: round(share.us, 1) for share in breakdown.groups},
+        "kernels_per_step": round(sum(share.count for share in breakdown.groups), 1),
+    }
+
+
+def _print(
+    batch: int, step_us: float, cpu_us: dict[str, tuple[float, float]], breakdown: Breakdown
+) -> None:
+    idle = 1 - breakdown.busy_us / step_us
+    print(f"\nbatch {batch}: {step_us:.0f} us a step, device busy {breakdown.busy_us:.0f} us")
+    print(f"idle share {idle:.1%}; {breakdown.idle_share:.1%} while recording")
+    print(f"  ({breakdown.num_steps} recorded steps of {breakdown.step_us:.0f} us)")
+    print("CPU us per step           main thread   all threads")
+    for role, (main_us, total_us) in cpu_us.items():
+        print(f"  {role:<22} {main_us:12.1f} {total_us:13.1f}")
+    for title, shares in (
+        ("device work by group", breakdown.groups),
+        ("gaps by length", breakdown.gaps),
+        ("largest kernels", breakdown.kernels[:TOP_KERNELS]),
+    ):
+        print(f"{title:<60} per step   us per step")
+        for share in shares:
+            print(_line(share))
+
+
+def _line(share: Share) -> str:
+    return f"  {share.name[:58]:<58} {share.count:8.1f} {share.us:13.1f}"

@@ -1,0 +1,150 @@
+"""A profiler's trace, summed up: what the device did in a step, by kind of work, and when it idled.
+
+Reads the Chrome traces that ``torch.profiler`` writes. On a GPU it looks at kernels and copies; a
+trace without any is taken for a CPU's, where the outermost operators stand for them.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+DEVICE_WORK = {"kernel", "gpu_memcpy", "gpu_memset"}
+# The first pattern that a kernel's name matches names its group.
+GROUPS = {
+    "copies": r"memcpy|memset|copy",
+    "sampling": r"draw|pick|sampl|argmax|gumbel|noise|top_?[kp]|penalt|sort|logprob|has_nan",
+    "attention": r"attention|flash|fmha|sdpa|(_decode|_plan|_prefill)_kernel|_merge_parts",
+    "rope and store": r"rotary|rope|store_kernel|store_kv|qkv",
+    "norm": r"norm",
+    "matmul": r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitk|(_vector|_dot)_kernel|linear|mm\b",
+    "activation": r"gated|silu|swiglu|act_and_mul",
+    "inputs": r"prepare|index|gather|scatter|arange|cumsum|embedding",
+    "elementwise": r"elementwise|vectorized|reduce|cat|fill|::",
+}
+_PATTERNS = {group: re.compile(pattern, re.IGNORECASE) for group, pattern in GROUPS.items()}
+_STEP_SLACK = 3  # steps that may have been in flight when recording began or ended
+
+
+class _Event(msgspec.Struct):
+    name: str = ""
+    cat: str = ""
+    ts: float = 0.0  # microseconds
+    dur: float = 0.0
+    tid: int | str = 0
+
+
+class _Trace(msgspec.Struct):
+    traceEvents: list[_Event]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One piece of work on the device, in microseconds."""
+
+    name: str
+    start_us: float
+    end_us: float
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What one kind of work takes of a step."""
+
+    name: str
+    count: float  # per step
+    us: float  # per step; what runs side by side counts for each
+
+
+@dataclass(frozen=True, kw_only=True)
+class Breakdown:
+    """A step of the trace, on average."""
+
+    num_steps: int
+    step_us: float  # from step to step while recording, which itself takes time
+    busy_us: float  # at least one kernel ran
+    idle_share: float  # of the recorded steps
+    gaps: list[Share]  # idle time by the length of the gap
+    groups: list[Share]  # largest first
+    kernels: list[Share]  # largest first
+
+
+def read_spans(path: Path) -> list[Span]:
+    """The device's work in order of its start."""
+    events = msgspec.json.decode(path.read_bytes(), type=_Trace).traceEvents
+    work = [event for event in events if event.cat in DEVICE_WORK]
+    if not work:
+        work = _outermost(event for event in events if event.cat == "cpu_op")
+    spans = [Span(event.name, event.ts, event.ts + event.dur) for event in work]
+    return sorted(spans, key=lambda span: span.start_us)
+
+
+def _outermost(events: Iterable[_Event]) -> list[_Event]:
+    """Operators that no other operator of their thread called."""
+    outermost = []
+    ends: dict[int | str, float] = {}
+    for event in sorted(events, key=lambda event: (event.ts, -event.dur)):
+        if event.ts >= ends.get(event.tid, 0.0):
+            ends[event.tid] = event.ts + event.dur
+            outermost.append(event)
+    return outermost
+
+
+def break_down(spans: Sequence[Span], expected_steps: int) -> Breakdown:
+    """Sum up a trace of equal steps.
+
+    Args:
+        spans: not empty, in order of their start.
+        expected_steps: how many there were, give or take those in flight at the ends.
+    """
+    num_steps = _count_steps(spans, expected_steps)
+    gaps: Counter[str] = Counter()
+    num_gaps: Counter[str] = Counter()
+    end_us = spans[0].start_us
+    for span in spans:
+        if span.start_us > end_us:
+            kind = _gap_kind(span.start_us - end_us)
+            gaps[kind] += span.start_us - end_us  # type: ignore[assignment]
+            num_gaps[kind] += 1
+        end_us = max(end_us, span.end_us)
+    whole_us = end_us - spans[0].start_us
+    busy_us = whole_us - sum(gaps.values())
+    return Breakdown(
+        num_steps=num_steps,
+        step_us=whole_us / num_steps,
+        busy_us=busy_us / num_steps,
+        idle_share=1 - busy_us / whole_us,
+        gaps=[Share(k, num_gaps[k] / num_steps, gaps[k] / num_steps) for k in sorted(gaps)],
+        groups=_shares(((group_of(span.name), span) for span in spans), num_steps),
+        kernels=_shares(((span.name, span) for span in spans), num_steps),
+    )
+
+
+def group_of(kernel: str) -> str:
+    """The kind of work that a kernel does, by its name; "other" when no pattern knows it."""
+    return next((g for g, pattern in _PATTERNS.items() if pattern.search(kernel)), "other")
+
+
+def _count_steps(spans: Sequence[Span], expected: int) -> int:
+    """Kernels that run once a step tell how many steps were recorded, to the step."""
+    counts = Counter(Counter(span.name for span in spans).values())
+    near = {n: num for n, num in counts.items() if abs(n - expected) <= _STEP_SLACK and n}
+    return max(near, key=lambda n: (near[n], -abs(n - expected))) if near else expected
+
+
+def _gap_kind(us: float) -> str:
+    bounds = ((2.0, "a: up to 2 us"), (10.0, "b: 2 to 10 us"), (100.0, "c: 10 to 100 us"))
+    return next((kind for bound, kind in bounds if us <= bound), "d: over 100 us")
+
+
+def _shares(named: Iterable[tuple[str, Span]], num_steps: int) -> list[Share]:
+    counts: Counter[str] = Counter()
+    times: dict[str, float] = {}
+    for name, span in named:
+        counts[name] += 1
+        times[name] = times.get(name, 0.0) + span.end_us - span.start_us
+    names = sorted(times, key=lambda name: -times[name])
+    return [Share(name, counts[name] / num_steps, times[name] / num_steps) for name in names]
