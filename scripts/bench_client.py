@@ -62,11 +62,16 @@ class Client:
         stream.sent_at_s = time.perf_counter()
         try:
             connection = await self._connect()
+        except OSError as err:
+            stream.error = repr(err)
+            return
+        try:
             await self._exchange(connection, body, stream)
         except (OSError, EOFError, ValueError) as err:
             stream.error = repr(err)[:200]
-            return
-        self._idle.append(connection)
+            connection[1].close()
+        else:
+            self._idle.append(connection)
 
     def close(self) -> None:
         """Close every connection."""
@@ -74,8 +79,11 @@ class Client:
             writer.close()
 
     async def _connect(self) -> Connection:
-        if self._idle:
-            return self._idle.pop()
+        while self._idle:
+            reader, writer = self._idle.pop()
+            if not reader.at_eof():  # the server closes what has been idle for long
+                return reader, writer
+            writer.close()
         return await asyncio.open_connection(*self._address, limit=_MAX_LINE_BYTES)
 
     async def _exchange(self, connection: Connection, body: bytes, stream: Stream) -> None:
