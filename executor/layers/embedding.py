@@ -49,6 +49,7 @@ class LMHead(Linear):
         part, rows = _vocab_part(vocab_size, factory.tp)
         super().__init__(hidden_size, rows, factory, bias=bias)
         self.vocab_size = vocab_size
+        self.out_dtype = torch.float32
         self.sharding = {name: Sharding(0, (part,), padded=True) for name in ("weight", "bias")}
         # A tuple, because a module in an attribute would be registered a second time.
         self._tied_to = (tied_to,)

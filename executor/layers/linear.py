@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from executor.layers import gpu_linear
 from executor.layers.cpu_linear import Run, fixed_tiles, pack
 from executor.layers.sharding import Part, Sharding
 from executor.parallel import TensorParallel
@@ -30,6 +31,9 @@ class LinearMethod(Protocol):
 
     def finish_loading(self, layer: "Linear") -> Run:
         """Bring the loaded weights into their final form; return the product [T, K] -> [T, N]."""
+
+    def finish_gated(self, layer: "Linear", activation: int) -> Run:
+        """The same for gate and up weights: return act(gate) * up, [T, K] -> [T, N / 2]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +60,18 @@ class UnquantizedLinearMethod:
             layer.weight = None
             return pack(weight.data, bias, deterministic=self.deterministic)
 
-        def dense(x: Tensor) -> Tensor:
-            return nn.functional.linear(x, weight, bias)
+        if self.deterministic:
+            return fixed_tiles(lambda x: nn.functional.linear(x, weight, bias), _GPU_TILE)
+        return gpu_linear.dense(weight, bias, layer.out_dtype)
 
-        return fixed_tiles(dense, _GPU_TILE) if self.deterministic else dense
+    def finish_gated(self, layer: "Linear", activation: int) -> Run:
+        """One kernel where the GPU has one for it; else the product, then the activation."""
+        weight = layer.weight
+        assert weight is not None, "the weight was already packed"
+        if weight.device.type != "cpu" and not self.deterministic:
+            return gpu_linear.gated(weight, layer.run_bias(), activation)
+        product, gate = self.finish_loading(layer), gpu_linear.GATES[activation]
+        return lambda x: gate(product(x))
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +93,7 @@ class Linear(nn.Module):
         self.in_features = in_features  # on this rank
         self.out_features = out_features
         self.has_bias = bias
+        self.out_dtype: torch.dtype | None = None  # of what is returned; None: the input's
         self.tp = factory.tp
         self.sharding: dict[str, Sharding] = {}
         self.weight: nn.Parameter | None = None
@@ -129,6 +142,26 @@ class ColumnParallelLinear(Linear):
         )
         super().__init__(in_features, sum(p.length for p in parts), factory, bias=bias)
         self.sharding = {name: Sharding(0, parts) for name in ("weight", "bias")}
+
+
+class GatedLinear(ColumnParallelLinear):
+    """Gate and up weights side by side, and what they are multiplied for: act(gate) * up."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        activation: int,
+        factory: LayerFactory,
+        *,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(in_features, [out_features, out_features], factory, bias=bias)
+        self.activation = activation  # SILU, GELU or GELU_TANH of kernels.activation
+
+    def finish_loading(self, device: torch.device) -> None:
+        """Called once, when every parameter holds its final values."""
+        self.run = self.method.finish_gated(self, self.activation)
 
 
 class QKVParallelLinear(Linear):

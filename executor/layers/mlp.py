@@ -4,21 +4,29 @@ Shapes: T packed tokens, H hidden size, I intermediate size on this rank.
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from executor.layers.linear import ColumnParallelLinear, LayerFactory, RowParallelLinear
+from executor.layers.linear import (
+    ColumnParallelLinear,
+    GatedLinear,
+    LayerFactory,
+    RowParallelLinear,
+)
 from ipc.errors import ConfigError
-from kernels.activation import gelu_and_mul, silu_and_mul
+from kernels.activation import GELU, GELU_TANH, SILU
 
-_GATED: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": silu_and_mul,
-    "swish": silu_and_mul,
-    "gelu": lambda x: gelu_and_mul(x, tanh=False),
-    "gelu_new": lambda x: gelu_and_mul(x, tanh=True),
-    "gelu_fast": lambda x: gelu_and_mul(x, tanh=True),
-    "gelu_pytorch_tanh": lambda x: gelu_and_mul(x, tanh=True),
+T = TypeVar("T")
+
+_GATED = {
+    "silu": SILU,
+    "swish": SILU,
+    "gelu": GELU,
+    "gelu_new": GELU_TANH,
+    "gelu_fast": GELU_TANH,
+    "gelu_pytorch_tanh": GELU_TANH,
 }
 _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -44,15 +52,14 @@ class GatedMLP(nn.Module):
         bias: bool = False,
     ) -> None:
         super().__init__()
-        self.gate_up_proj = ColumnParallelLinear(
-            hidden_size, [intermediate_size, intermediate_size], factory, bias=bias
+        self.gate_up_proj = GatedLinear(
+            hidden_size, intermediate_size, _pick(_GATED, activation), factory, bias=bias
         )
         self.down_proj = RowParallelLinear(intermediate_size, hidden_size, factory, bias=bias)
-        self.act = _pick(_GATED, activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, H] -> [T, H], summed over the group."""
-        return self.down_proj.forward(self.act(self.gate_up_proj.forward(x)))
+        return self.down_proj.forward(self.gate_up_proj.forward(x))
 
 
 class MLP(nn.Module):
@@ -77,9 +84,7 @@ class MLP(nn.Module):
         return self.down_proj(self.act(self.up_proj(x)))
 
 
-def _pick(
-    table: dict[str, Callable[[Tensor], Tensor]], activation: str
-) -> Callable[[Tensor], Tensor]:
+def _pick(table: dict[str, T], activation: str) -> T:
     if activation not in table:
         raise ConfigError(
             f"the activation {activation!r} of config.json is not known; "

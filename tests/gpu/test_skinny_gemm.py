@@ -1,0 +1,122 @@
+"""Products of a few rows on a GPU: right in odd shapes, and when kernels overlap in a graph."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import activation, dependent_launch
+from kernels.skinny_gemm import (
+    Tile,
+    arrival_counters,
+    skinny_gated,
+    skinny_gated_reference,
+    skinny_linear,
+    skinny_linear_reference,
+)
+from tests.kernels.cases import assert_close, random
+
+pytestmark = pytest.mark.gpu
+# dot, block_n, block_k, slices, split_k, warps, stages, prefetch
+TILES = [
+    pytest.param(Tile(False, 2, 512, 1, 1, 4, 1, 1), id="vector"),
+    pytest.param(Tile(False, 4, 512, 1, 1, 4, 3, 0), id="vector, staged"),
+    pytest.param(Tile(True, 16, 256, 4, 1, 4, 4, 2), id="dot, sliced"),
+    pytest.param(Tile(True, 32, 256, 4, 2, 4, 3, 0), id="dot, sliced and split"),
+    pytest.param(Tile(True, 64, 64, 1, 1, 4, 4, 0), id="dot"),
+    pytest.param(Tile(True, 128, 64, 1, 4, 8, 4, 2), id="dot, split"),
+]
+SHAPES = [(1, 640, 1024), (5, 130, 1000), (8, 1024, 2048), (33, 258, 1160), (64, 384, 512)]
+
+
+def case(M: int, N: int, K: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, weight and bias on the GPU, whose results are about one."""
+    x, weight = random(M, K, seed=1), random(N, K) / K**0.5
+    return tuple(t.to(dtype).cuda() for t in (x, weight, random(N, seed=2)))  # type: ignore[return-value]
+
+
+@pytest.fixture(autouse=True)
+def device_without_a_pending_error() -> None:
+    arrival_counters(torch.device("cuda", torch.cuda.current_device()))
+    torch.cuda.synchronize()
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize(("M", "N", "K"), SHAPES)
+def test_product_equals_definition(M: int, N: int, K: int, tile: Tile) -> None:
+    rows = M if tile.dot else min(M, 8)
+    x, weight, bias = case(rows, N, K, torch.bfloat16)
+
+    y = skinny_linear(x, weight, bias, tile=tile)
+
+    assert_close(y, skinny_linear_reference(x, weight, bias))
+    assert not arrival_counters(x.device).any()
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("out_dtype", [torch.float16, torch.float32])
+def test_float16_and_results_in_float32(tile: Tile, out_dtype: torch.dtype) -> None:
+    x, weight, _ = case(3, 200, 1024, torch.float16)
+
+    y = skinny_linear(x, weight, out_dtype=out_dtype, tile=tile)
+
+    assert_close(y, skinny_linear_reference(x, weight, None, out_dtype))
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize(
+    "act",
+    [
+        pytest.param(activation.SILU, id="silu"),
+        pytest.param(activation.GELU, id="gelu"),
+        pytest.param(activation.GELU_TANH, id="gelu-tanh"),
+    ],
+)
+def test_gated_product_equals_definition(act: int, tile: Tile) -> None:
+    x, weight, bias = case(7, 258, 1000, torch.bfloat16)
+
+    y = skinny_gated(x, weight, bias, activation=act, tile=tile)
+
+    assert_close(y, skinny_gated_reference(x, weight, bias, act))
+
+
+@pytest.mark.parametrize("with_dependent_launch", [True, False])
+@pytest.mark.parametrize("M", [1, 7, 40])
+def test_a_chain_of_products_replays_in_a_graph(M: int, with_dependent_launch: bool) -> None:
+    form = Tile(False, 2, 512, 1, 1, 4, 1, 1) if M == 1 else Tile(True, 32, 256, 4, 4, 4, 3, 2)
+    split = Tile(True, 64, 64, 1, 4, 4, 4, 0)
+    weights = [(random(1024, 1024, seed=i) / 32).bfloat16().cuda() for i in range(12)]
+    gate_up = (random(2048, 1024, seed=20) / 32).bfloat16().cuda()
+    x = random(M, 1024, seed=21).bfloat16().cuda()
+
+    def run() -> Tensor:
+        y = x
+        for weight in weights:
+            y = skinny_linear(y, weight, tile=form)
+            y = y + skinny_gated(y, gate_up, activation=activation.SILU, tile=split)
+        return y
+
+    dependent_launch.switch(with_dependent_launch)
+    try:
+        first = run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = run()
+        for seed in range(30):
+            x.copy_(random(M, 1024, seed=seed + 40))
+            expected = run()
+            torch.cuda.synchronize()
+            graph.replay()
+            assert captured.equal(expected), f"replay {seed}"
+        assert not captured.equal(first)
+    finally:
+        dependent_launch.switch(True)
+
+
+def test_rows_do_not_depend_on_the_values_of_their_mates() -> None:
+    x, weight, _ = case(16, 1024, 1024, torch.bfloat16)
+    other = x.clone()
+    other[1:] = 3.0
+    for tile in (Tile(True, 16, 256, 4, 1, 4, 4, 2), Tile(True, 64, 64, 1, 4, 4, 4, 0)):
+        first, second = (skinny_linear(rows, weight, tile=tile)[0] for rows in (x, other))
+        assert first.equal(second)
