@@ -35,7 +35,8 @@ from ipc.messages import (
 from ipc.processes import die_with
 
 OUTPUT_RANK = 0
-IDLE_S = 1.0  # without a message for this long: collect garbage, once
+PAUSE_S = 0.05  # without a message for this long: do what was left for later
+IDLE_S = 1.0  # for this long after that: collect garbage, once
 LAST_WORDS_S = 5.0  # the parent kills us once it has read them
 
 Channel = DealerChannel[Any]
@@ -172,15 +173,20 @@ def _default_worker() -> MakeWorker:
 
 
 def _serve(worker: Any, channel: Channel, answers: Answers) -> None:
-    """Do what arrives until ``Shutdown``; without messages sleep in the channel."""
-    is_clean = True  # nothing happened since the last collection
+    """Do what arrives until ``Shutdown``; without messages do what can wait, then sleep."""
+    timeout_s: float | None = PAUSE_S
     while True:
-        received = channel.receive(None if is_clean else IDLE_S)
+        received = channel.receive(timeout_s)
         if received is None:
-            gc.collect()
-            is_clean = True
+            if worker.do_idle_work():
+                timeout_s = 0.0  # look for a message, then go on
+            elif timeout_s != IDLE_S:
+                timeout_s = IDLE_S
+            else:
+                gc.collect()
+                timeout_s = None
             continue
-        is_clean = False
+        timeout_s = PAUSE_S
         message, frames = received
         match message:
             case SchedulerOutput():

@@ -9,12 +9,40 @@ Shapes: T packed tokens, B scheduled rows, S rows that sample, M blocks per requ
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from executor.attention_metadata import AttentionMetadata
 from executor.request_states import RequestStates
 from executor.transfer import Array, upload_all
 from ipc.messages import SchedulerOutput
+from kernels.prepare_inputs import PackedInputs, Requests, prepare_inputs
+
+_TABLE_COLUMNS = 16  # on a GPU a block table's width is a multiple of it
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRows:
+    """A step as the host sees it; complete before anything is on the device."""
+
+    rows: Array  # [B], in plan order
+    wishes: int  # every ``Wish`` that one of them has
+    num_new_tokens: Array | int  # [B]; 1 when every row owes one token
+    query_start_loc: Array  # [B + 1]
+    seq_lens: Array  # [B]
+    sampling: Array | None  # places of the rows that compute their last token; None: all of them
+    max_query_len: int
+    max_seq_len: int
+
+    @property
+    def num_tokens(self) -> int:
+        """T."""
+        return int(self.query_start_loc[-1])
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether every row owes one token and samples the next."""
+        return self.max_query_len == 1 and self.sampling is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,117 +54,56 @@ class SamplePlaces:
     rows_on_device: Tensor  # [S] int64
     positions: Tensor  # [S] int64: index of the token to be sampled, prompt included
     places: Tensor  # [S] int64: the same place in the flat token table
+    logit_indices: Tensor | None = None  # [S] of the T tokens; None: the caller knows
 
 
 @dataclass(frozen=True, slots=True)
 class InputBatch:
     """One forward pass."""
 
-    rows: Array  # [B], in plan order
-    wishes: int  # every ``Wish`` that one of them has
-    num_new_tokens: Array | int  # [B]; 1 when every row owes one token
-    query_start_loc: Array  # [B + 1], on the host
     token_ids: Tensor  # [T] int32
     positions: Tensor  # [T] int64
     meta: AttentionMetadata
-    logit_indices: Tensor | None  # [S] of the T tokens; None: all of them, in order
     samples: SamplePlaces | None  # None: no row computes its last token
 
 
-@dataclass(frozen=True, slots=True)
-class _PackedRows:
-    """The scheduled rows' vectors, on the host."""
-
-    rows: Array  # [B]
-    num_new_tokens: Array | int
-    query_start_loc: Array  # [B + 1]
-    seq_lens: Array  # [B]
-    row_of_token: Array  # [T]
-    positions: Array  # [T]
-    max_query_len: int
-
-
-def build_input_batch(plan: SchedulerOutput, states: RequestStates) -> InputBatch:
-    """Pack the scheduled rows, which must not be empty. Reads the rows; changes nothing."""
-    packed = _pack_rows(plan, states)
-    rows, positions, seq_lens = packed.rows, packed.positions, packed.seq_lens
-    is_sampled = seq_lens == states.num_tokens[rows]
-    sample_rows, sample_positions, logit_indices = rows, seq_lens, rows[:0]
-    if not (packed.max_query_len == 1 and is_sampled.all()):
-        sample_rows, sample_positions = rows[is_sampled], seq_lens[is_sampled]
-        logit_indices = packed.query_start_loc[1:][is_sampled] - 1
-    tokens, blocks, block_size = states.tokens, states.blocks, states.block_size
-    on_device = upload_all(
-        [
-            rows,
-            positions,
-            packed.row_of_token * tokens.width + positions,
-            packed.row_of_token * blocks.width + positions // block_size,
-            positions % block_size,
-            logit_indices,
-            sample_rows,
-            sample_positions,
-            sample_rows * tokens.width + sample_positions,
-            packed.query_start_loc.astype(np.int32),
-            seq_lens.astype(np.int32),
-        ],
-        states.device,
-    )
-    token_places, block_places, offsets = on_device[2:5]
-    wishes = states.sampling.union(rows)
-    samples = None
-    if sample_rows.size:
-        sample_wishes = wishes if sample_rows is rows else states.sampling.union(sample_rows)
-        samples = SamplePlaces(sample_rows, sample_wishes, *on_device[6:9])
-    max_seq_len = int(seq_lens.max())
-    max_num_blocks = -(-max_seq_len // block_size)
-    return InputBatch(
-        rows=rows,
-        wishes=wishes,
-        num_new_tokens=packed.num_new_tokens,
-        query_start_loc=packed.query_start_loc,
-        token_ids=tokens.flat.index_select(0, token_places),
-        positions=on_device[1],
-        meta=AttentionMetadata(
-            slot_mapping=blocks.flat.index_select(0, block_places) * block_size + offsets,
-            block_table=blocks.tensor[:, :max_num_blocks].index_select(0, on_device[0]),
-            query_start_loc=on_device[9],
-            seq_lens=on_device[10],
-            max_query_len=packed.max_query_len,
-            max_seq_len=max_seq_len,
-        ),
-        logit_indices=on_device[5] if logit_indices.size else None,
-        samples=samples,
-    )
-
-
-def _pack_rows(plan: SchedulerOutput, states: RequestStates) -> _PackedRows:
+def pack_rows(plan: SchedulerOutput, states: RequestStates) -> PackedRows:
+    """The scheduled rows, which must not be none. Reads the rows; changes nothing."""
     rows = np.array(plan.rows, dtype=np.int64)
     num_computed = states.num_computed_tokens[rows]
+    num_new_tokens: Array | int = 1
     if not plan.num_new_tokens:  # one token for each row: the common case
-        return _PackedRows(
-            rows=rows,
-            num_new_tokens=1,
-            query_start_loc=np.arange(rows.size + 1),
-            seq_lens=num_computed + 1,
-            row_of_token=rows,
-            positions=num_computed,
-            max_query_len=1,
-        )
-    num_new_tokens = np.array(plan.num_new_tokens, dtype=np.int64)
-    query_start_loc = np.zeros(rows.size + 1, dtype=np.int64)
-    np.cumsum(num_new_tokens, out=query_start_loc[1:])
-    row_of_token = np.repeat(rows, num_new_tokens)
-    first_minus_start = np.repeat(num_computed - query_start_loc[:-1], num_new_tokens)
-    return _PackedRows(
+        query_start_loc = np.arange(rows.size + 1)
+        max_query_len = 1
+    else:
+        num_new_tokens = np.array(plan.num_new_tokens, dtype=np.int64)
+        query_start_loc = np.zeros(rows.size + 1, dtype=np.int64)
+        np.cumsum(num_new_tokens, out=query_start_loc[1:])
+        max_query_len = int(num_new_tokens.max())
+    seq_lens = num_computed + num_new_tokens
+    is_sampled = seq_lens == states.num_tokens[rows]
+    return PackedRows(
         rows=rows,
+        wishes=states.sampling.union(rows),
         num_new_tokens=num_new_tokens,
         query_start_loc=query_start_loc,
-        seq_lens=num_computed + num_new_tokens,
-        row_of_token=row_of_token,
-        positions=np.arange(row_of_token.size) + first_minus_start,
-        max_query_len=int(num_new_tokens.max()),
+        seq_lens=seq_lens,
+        sampling=None if is_sampled.all() else np.flatnonzero(is_sampled),
+        max_query_len=max_query_len,
+        max_seq_len=int(seq_lens.max()),
     )
+
+
+def build_input_batch(packed: PackedRows, states: RequestStates) -> InputBatch:
+    """The packed inputs on the device. Reads the rows; changes nothing."""
+    build = _look_up if states.device.type == "cpu" else _prepare
+    return build(packed, states)
+
+
+def locate_samples(packed: PackedRows, states: RequestStates) -> SamplePlaces | None:
+    """Where the rows that sample stand among the step's tokens, and where their tokens go."""
+    places = _sample_places(packed, states)
+    return _samples(packed, states, places, upload_all(places, states.device))
 
 
 def place_samples(rows: Array, states: RequestStates) -> SamplePlaces:
@@ -147,4 +114,118 @@ def place_samples(rows: Array, states: RequestStates) -> SamplePlaces:
     )
     return SamplePlaces(
         rows, states.sampling.union(rows), on_device_rows, on_device_positions, places
+    )
+
+
+def _sample_places(packed: PackedRows, states: RequestStates) -> list[Array]:
+    """Rows, positions and flat places of the rows that sample, and their last tokens' indices."""
+    rows, positions = packed.rows, packed.seq_lens
+    ends = packed.query_start_loc[1:]
+    if packed.sampling is not None:
+        rows, positions = rows[packed.sampling], positions[packed.sampling]
+        ends = ends[packed.sampling]
+    indices = ends[:0] if packed.is_decode else ends - 1
+    return [rows, positions, rows * states.tokens.width + positions, indices]
+
+
+def _samples(
+    packed: PackedRows, states: RequestStates, places: list[Array], on_device: list[Tensor]
+) -> SamplePlaces | None:
+    rows = places[0]
+    if not rows.size:
+        return None
+    wishes = packed.wishes if packed.sampling is None else states.sampling.union(rows)
+    on_device_rows, positions, flat_places, indices = on_device
+    return SamplePlaces(
+        rows, wishes, on_device_rows, positions, flat_places, indices if places[3].size else None
+    )
+
+
+def _look_up(packed: PackedRows, states: RequestStates) -> InputBatch:
+    """With torch's own look-ups, a few for the whole step."""
+    rows, seq_lens = packed.rows, packed.seq_lens
+    row_of_token, positions = rows, seq_lens - 1
+    if not isinstance(packed.num_new_tokens, int):
+        row_of_token = np.repeat(rows, packed.num_new_tokens)
+        first_minus_start = seq_lens - packed.query_start_loc[1:]
+        positions = np.arange(row_of_token.size)
+        positions += np.repeat(first_minus_start, packed.num_new_tokens)
+    tokens, blocks, block_size = states.tokens, states.blocks, states.block_size
+    sample_places = _sample_places(packed, states)
+    on_device = upload_all(
+        [
+            rows,
+            positions,
+            row_of_token * tokens.width + positions,
+            row_of_token * blocks.width + positions // block_size,
+            positions % block_size,
+            packed.query_start_loc.astype(np.int32),
+            seq_lens.astype(np.int32),
+            *sample_places,
+        ],
+        states.device,
+    )
+    token_places, block_places, offsets = on_device[2:5]
+    max_num_blocks = -(-packed.max_seq_len // block_size)
+    return InputBatch(
+        token_ids=tokens.flat.index_select(0, token_places),
+        positions=on_device[1],
+        meta=AttentionMetadata(
+            slot_mapping=blocks.flat.index_select(0, block_places) * block_size + offsets,
+            block_table=blocks.tensor[:, :max_num_blocks].index_select(0, on_device[0]),
+            query_start_loc=on_device[5],
+            seq_lens=on_device[6],
+            max_query_len=packed.max_query_len,
+            max_seq_len=packed.max_seq_len,
+        ),
+        samples=_samples(packed, states, sample_places, on_device[7:]),
+    )
+
+
+def _prepare(packed: PackedRows, states: RequestStates) -> InputBatch:
+    """With one copy and one kernel."""
+    sample_places = _sample_places(packed, states)
+    arrays = [packed.rows, packed.seq_lens, packed.query_start_loc]
+    on_device = upload_all(
+        [*(array.astype(np.int32) for array in arrays), *sample_places], states.device
+    )
+    requests = Requests(*on_device[:3])
+    num_blocks = -(-packed.max_seq_len // states.block_size)
+    inputs = empty_inputs(
+        packed.num_tokens,
+        packed.rows.size,
+        -(-num_blocks // _TABLE_COLUMNS) * _TABLE_COLUMNS,
+        states.device,
+    )
+    prepare_inputs(
+        requests,
+        states.tokens.tensor,
+        states.blocks.tensor,
+        inputs,
+        block_size=states.block_size,
+    )
+    return InputBatch(
+        token_ids=inputs.token_ids,
+        positions=inputs.positions,
+        meta=AttentionMetadata(
+            slot_mapping=inputs.slot_mapping,
+            block_table=inputs.block_table,
+            query_start_loc=requests.query_start_loc,
+            seq_lens=requests.seq_lens,
+            max_query_len=packed.max_query_len,
+            max_seq_len=packed.max_seq_len,
+        ),
+        samples=_samples(packed, states, sample_places, on_device[3:]),
+    )
+
+
+def empty_inputs(
+    num_tokens: int, num_requests: int, num_columns: int, device: torch.device
+) -> PackedInputs:
+    """Room for a step's packed inputs."""
+    return PackedInputs(
+        torch.empty(num_tokens, dtype=torch.int32, device=device),
+        torch.empty(num_tokens, dtype=torch.int64, device=device),
+        torch.empty(num_tokens, dtype=torch.int64, device=device),
+        torch.empty(num_requests, num_columns, dtype=torch.int32, device=device),
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from executor.input_batch import InputBatch
+from executor.input_batch import PackedRows
 from executor.request_states import RequestStates
 from executor.sampling_states import Wish
 from executor.transfer import download
@@ -65,7 +65,7 @@ def compute_logprobs(logits: Tensor, token_ids: Tensor, wanted: list[int]) -> Pe
 
 
 def prompt_logprobs(
-    batch: InputBatch,
+    packed: PackedRows,
     states: RequestStates,
     hidden: Tensor,
     compute_logits: Callable[[Tensor], Tensor],
@@ -78,11 +78,11 @@ def prompt_logprobs(
     Args:
         hidden: [T, H], the model's output for the whole batch.
     """
-    asking = states.sampling.rows_with(batch.rows, Wish.PROMPT_LOGPROBS)
+    asking = states.sampling.rows_with(packed.rows, Wish.PROMPT_LOGPROBS)
     found = []
     for i in asking.tolist():
-        row = int(batch.rows[i])
-        start, end = (int(at) for at in batch.query_start_loc[i : i + 2])
+        row = int(packed.rows[i])
+        start, end = (int(at) for at in packed.query_start_loc[i : i + 2])
         num_computed = int(states.num_computed_tokens[row])
         first = max(num_computed + 1, int(states.num_prompt_logprobs_sent[row]) + 1)
         last = min(num_computed + end - start, int(states.num_prompt_tokens[row]) - 1)

@@ -14,6 +14,7 @@ from ipc.errors import ConfigError
 GIB = 2**30
 MAX_CPU_KV_BYTES = 4 * GIB  # unless --cpu-kv-cache-space says otherwise
 CPU_SHARE = 4  # of the machine's available memory, at most one part in so many for the cache
+_GRAPH_SLACK_BYTES = 32 * 2**20  # small temporaries, and what splitting memory leaves over
 SWAP_REFUSED, SWAP_WARNED = 0.7, 0.4  # shares of the host's memory
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ class DeviceMemory:
     free: int  # right now; weights are loaded already
     weights: int
     activations: int  # peak of one step, beyond weights and cache
-    other: int  # context, libraries, the allocator's slack: ours, but no tensor of ours
+    graphs: int = 0  # recorded steps and their temporaries
+    other: int = 0  # context, libraries, the allocator's slack: ours, but no tensor of ours
 
 
 def activation_bytes(
@@ -65,15 +67,32 @@ def activation_bytes(
     states live together; and at the end, where the rows that sample have their logits in float32,
     edited and sorted copies included.
     """
-    attention = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim // tp_size
-    attention += shape.num_heads * shape.head_dim // tp_size  # the output beside the queries
-    mlp = 3 * shape.intermediate_size // tp_size  # gate and up, then their product
-    per_token = (4 * shape.hidden_size + max(attention, mlp)) * item_size
-    layer = max_num_batched_tokens * per_token
+    layer = max_num_batched_tokens * _bytes_per_token(shape, tp_size, item_size)
     num_rows = min(max_num_seqs, max_num_batched_tokens)
     logits = num_rows * shape.vocab_size * (4 * 4 + 8)  # four float32 copies, sorted indices
     states = max_num_batched_tokens * 2 * shape.hidden_size * item_size
     return max(layer, states + logits)
+
+
+def graph_temporaries_bytes(
+    shape: ModelShape, *, tp_size: int, max_tokens: int, max_requests: int, item_size: int
+) -> int:
+    """What the temporaries of recorded steps need: all sizes share the place of the largest.
+
+    The logits of a step exist in the model's dtype and in float32; nothing is edited or sorted.
+    """
+    layer = max_tokens * _bytes_per_token(shape, tp_size, item_size)
+    logits = max_requests * shape.vocab_size * (4 + item_size)
+    states = max_tokens * 2 * shape.hidden_size * item_size
+    return _GRAPH_SLACK_BYTES + max(layer, states + logits)
+
+
+def _bytes_per_token(shape: ModelShape, tp_size: int, item_size: int) -> int:
+    """What a layer holds at once for each token."""
+    attention = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim // tp_size
+    attention += shape.num_heads * shape.head_dim // tp_size  # the output beside the queries
+    mlp = 3 * shape.intermediate_size // tp_size  # gate and up, then their product
+    return (4 * shape.hidden_size + max(attention, mlp)) * item_size
 
 
 def plan_gpu_blocks(memory: DeviceMemory, cache_config: CacheConfig, need: Need) -> int:
@@ -85,8 +104,8 @@ def plan_gpu_blocks(memory: DeviceMemory, cache_config: CacheConfig, need: Need)
     if cache_config.num_gpu_blocks_override is not None:
         return _overridden(cache_config.num_gpu_blocks_override, need)
     share = int(memory.total * cache_config.gpu_memory_utilization)
-    room = share - memory.weights - memory.activations - memory.other
-    room = min(room, memory.free - memory.activations)
+    step = memory.activations + memory.graphs
+    room = min(share - memory.weights - memory.other, memory.free) - step
     num_blocks = max(0, room) // need.block_bytes
     if num_blocks < need.blocks_per_request + 1:
         raise ConfigError(_no_room(memory, cache_config, need, share, room))
@@ -180,6 +199,7 @@ def _no_room(
         f"--gpu-memory-utilization {cache_config.gpu_memory_utilization:g}",
         f"  weights                  {_gib(memory.weights):>12}",
         f"  activations of a step    {_gib(memory.activations):>12}",
+        f"  recorded steps           {_gib(memory.graphs):>12}",
         f"  context and libraries    {_gib(memory.other):>12}",
         f"  left for the KV cache    {_gib(max(0, room)):>12}",
         f"  one request needs        {_gib(wanted):>12}",

@@ -2,7 +2,8 @@
 
 Everything is queued on the device without waiting for it. ``execute`` returns a ``PendingStep``;
 resolving it waits for that step alone, so the next step can be launched while the ids of this one
-travel. On a CPU a step is done when ``execute`` returns.
+travel. On a CPU a step is done when ``execute`` returns. Where there are recorded steps, a step
+that fits one is a single launch; what some rows want beyond a plain draw follows eagerly.
 Shapes: T packed tokens, S rows that sample, H hidden size, V vocabulary.
 """
 
@@ -14,16 +15,34 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from executor.input_batch import SamplePlaces, build_input_batch, place_samples
+from executor.cuda_graphs import DecodeGraph, GraphSizes, Parts, Recorder, StepGraphs
+from executor.input_batch import (
+    PackedRows,
+    SamplePlaces,
+    build_input_batch,
+    locate_samples,
+    pack_rows,
+    place_samples,
+)
 from executor.kv_cache import KVCache
 from executor.logprobs import PendingLogprobs, compute_logprobs, prompt_logprobs
 from executor.models.interface import CausalLM
 from executor.request_states import RequestStates
 from executor.sampler import sample_rows
-from executor.sampling_states import Wish
+from executor.sampling_states import MORE_THAN_DRAWN, Wish
+from executor.step_buffers import Staging, StagingPool
 from executor.transfer import Array, download, upload
 from ipc.messages import ModelRunnerOutput, RowLogprobs, SampleRow, SchedulerOutput, TokenLogprobs
 from ipc.tensors import Frames, FrameWriter, read
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """Sampled ids on the device, and log-probabilities on their way to the host."""
+
+    result: Tensor  # [2, S] int64: the ids, and whether each row is bad
+    logprobs_rows: Array  # those that ask, in order
+    logprobs: PendingLogprobs | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,37 +50,43 @@ class PendingSample:
     """Sampled ids on their way to the host."""
 
     rows: Array  # [S]
-    result: Tensor  # [2, S] int64: the ids, and whether each row is bad
-    logprobs_rows: Array  # those that ask, in order
-    logprobs: PendingLogprobs | None
+    result: Tensor  # [2, >= S]: the ids, and whether each row is bad
+    columns: Array | None = None  # [S] of the result; None: the first ones
+    logprobs_rows: Array | None = None
+    logprobs: PendingLogprobs | None = None
+
+    def read(self) -> tuple[list[int], list[int]]:
+        """The ids, and the rows among them that are bad."""
+        result = self.result.numpy()
+        result = result[:, : self.rows.size] if self.columns is None else result[:, self.columns]
+        ids, is_bad = result
+        return ids.tolist(), self.rows[is_bad != 0].tolist()
 
 
 @dataclass(slots=True)
 class PendingStep:
-    """A launched step. ``resolve`` it in launch order, from any thread."""
+    """A launched step. ``resolve`` it once, in launch order, from any thread."""
 
     step_id: int
+    staging: Staging
     bad_rows: set[int]  # the runner's; resolving adds to it
+    stagings: StagingPool  # likewise
     samples: list[PendingSample] = field(default_factory=list)
     prompt_logprobs: list[tuple[int, list[PendingLogprobs]]] = field(default_factory=list)
     logits_rows: list[tuple[Array, Tensor]] = field(default_factory=list)  # [P], [P, V]
-    started: "torch.cuda.Event | None" = None  # None on a CPU
-    finished: "torch.cuda.Event | None" = None
     device_time_s: float = 0.0
 
     def resolve(self) -> tuple[ModelRunnerOutput, Frames]:
         """Wait until the device has done the step, and read its answer."""
-        if self.started is not None and self.finished is not None:
-            self.finished.synchronize()
-            self.device_time_s = self.started.elapsed_time(self.finished) / 1000
+        self.device_time_s = self.staging.wait() or self.device_time_s
         token_ids: list[int] = []
         nan_rows: list[int] = []
         chosen: dict[int, TokenLogprobs] = {}
         for sample in self.samples:
-            ids, is_bad = sample.result.tolist()
+            ids, bad_rows = sample.read()
             token_ids += ids
-            nan_rows += [row for row, bad in zip(sample.rows.tolist(), is_bad, strict=True) if bad]
-            if sample.logprobs is not None:
+            nan_rows += bad_rows
+            if sample.logprobs is not None and sample.logprobs_rows is not None:
                 parts = sample.logprobs.unpack()
                 chosen.update(zip(sample.logprobs_rows.tolist(), parts, strict=True))
         writer = FrameWriter()
@@ -72,6 +97,7 @@ class PendingStep:
                     nan_rows.append(row)
                 else:
                     logits_refs.append((row, writer.add(one.numpy(), "float32", list(one.shape))))
+        self.stagings.give_back(self.staging)
         self.bad_rows.update(nan_rows)
         output = ModelRunnerOutput(
             step_id=self.step_id,
@@ -97,13 +123,27 @@ class ModelRunner:
 
     def __init__(self, model: CausalLM, kv_cache: KVCache, states: RequestStates) -> None:
         self.num_steps = 0
+        self.graphs: StepGraphs | None = None  # None: every step runs eagerly
         self._model = model
         self._kv_cache = kv_cache
         self._states = states
-        self._is_cuda = states.device.type == "cuda"
+        self._stagings = StagingPool(states.padding_row, states.device)
         self._bad_rows: set[int] = set()  # their blocks may hold NaN
         # Raw logits of rows that are with the user's processors and want log-probabilities.
         self._raw_logits: dict[int, Tensor] = {}
+
+    def use_graphs(self, recorder: Recorder, sizes: GraphSizes) -> StepGraphs:
+        """From now on steps may be recorded ones, once they are."""
+        parts = Parts(self._model, self._kv_cache, self._states)
+        self.graphs = StepGraphs(parts, recorder, sizes)
+        self._stagings = StagingPool(sizes.max_requests, self._states.device)
+        return self.graphs
+
+    def close(self) -> None:
+        """Give recorded steps back; nothing can be executed afterwards."""
+        if self.graphs is not None:
+            self.graphs.close()
+            self.graphs = None
 
     @torch.inference_mode()
     def execute(self, plan: SchedulerOutput, frames: Frames = ()) -> PendingStep:
@@ -113,17 +153,18 @@ class ModelRunner:
             plan: the step; its rows must hold at least the blocks that the step needs.
             frames: the arrays that ``plan.sample_rows`` name.
         """
-        step = PendingStep(plan.step_id, self._bad_rows)
         start_s = time.perf_counter()
-        if self._is_cuda:
-            step.started = _record_event()
+        staging = self._stagings.take()
+        step = PendingStep(plan.step_id, staging, self._bad_rows, self._stagings)
+        if staging.started is not None:
+            staging.started.record()
         self._apply(plan)
         if plan.rows:
             self._forward(plan, step)
         if plan.sample_rows:
             self._sample_returned(plan.sample_rows, frames, step)
-        if self._is_cuda:
-            step.finished = _record_event()
+        if staging.finished is not None:
+            staging.finished.record()
         else:
             step.device_time_s = time.perf_counter() - start_s
         self.num_steps += 1
@@ -145,38 +186,79 @@ class ModelRunner:
         self._states.apply(plan)
 
     def _forward(self, plan: SchedulerOutput, step: PendingStep) -> None:
-        batch = build_input_batch(plan, self._states)
-        hidden = self._model.forward(
-            batch.token_ids, batch.positions, self._kv_cache.layers, batch.meta
-        )
-        if batch.wishes & Wish.PROMPT_LOGPROBS:
-            step.prompt_logprobs = prompt_logprobs(
-                batch, self._states, hidden, self._model.compute_logits
-            )
-        self._states.advance(batch.rows, batch.num_new_tokens)
-        if batch.samples is None:
+        states = self._states
+        packed = pack_rows(plan, states)
+        graph = None if self.graphs is None else self.graphs.choose(packed)
+        if isinstance(graph, DecodeGraph):
+            self._decode(graph, packed, step)
             return
-        if batch.logit_indices is not None:
-            hidden = hidden.index_select(0, batch.logit_indices)
-        logits = self._model.compute_logits(hidden)
-        if batch.wishes & Wish.PROCESSORS:
-            self._send_out(logits, batch.samples.rows, step)
+        if graph is None:
+            batch = build_input_batch(packed, states)
+            hidden = self._model.forward(
+                batch.token_ids, batch.positions, self._kv_cache.layers, batch.meta
+            )
+            samples = batch.samples
         else:
-            self._sample(logits, batch.samples, step, raw_logits=logits)
+            hidden = graph.launch(packed, step.staging)
+            samples = locate_samples(packed, states)
+        if packed.wishes & Wish.PROMPT_LOGPROBS:
+            step.prompt_logprobs = prompt_logprobs(
+                packed, states, hidden, self._model.compute_logits
+            )
+        states.advance(packed.rows, packed.num_new_tokens)
+        if samples is None:
+            return
+        if samples.logit_indices is not None:
+            hidden = hidden.index_select(0, samples.logit_indices)
+        self._sample(self._model.compute_logits(hidden), samples, step)
 
-    def _send_out(self, logits: Tensor, rows: Array, step: PendingStep) -> None:
-        """Rows with processors leave as raw logits; the others are sampled now."""
-        leaving = self._states.sampling.rows_with(rows, Wish.PROCESSORS)
-        leaving_rows = rows[leaving]
-        raw_logits = logits.index_select(0, upload(leaving, self._states.device))
-        step.logits_rows.append((leaving_rows, download(raw_logits)))
-        for i in self._states.sampling.rows_with(leaving_rows, Wish.LOGPROBS).tolist():
-            self._raw_logits[int(leaving_rows[i])] = raw_logits[i]
-        staying = np.setdiff1d(np.arange(rows.size), leaving)
+    def _decode(self, graph: DecodeGraph, packed: PackedRows, step: PendingStep) -> None:
+        """Launch the recorded step; rows that want more than its draw are drawn once more."""
+        states = self._states
+        states.sampling.flush()
+        logits = graph.launch(packed, step.staging)
+        states.advance(packed.rows, 1)
+        rows = packed.rows
+        if not packed.wishes & MORE_THAN_DRAWN:
+            states.num_tokens[rows] += 1
+            step.samples.append(PendingSample(rows, graph.take_away(step.staging)))
+            return
+        asking = states.sampling.rows_with(rows, MORE_THAN_DRAWN)
+        states.num_tokens[np.delete(rows, asking)] += 1
+        logits = logits.index_select(0, upload(asking, states.device))
+        staying = self._send_out(logits, rows[asking], step)
+        drawn = Drawn(logits, rows[:0], None)
         if staying.size:
-            logits = logits.index_select(0, upload(staying, self._states.device))
-            places = place_samples(rows[staying], self._states)
-            self._sample(logits, places, step, raw_logits=logits)
+            again = asking[staying]
+            places = place_samples(rows[again], states)
+            drawn = self._draw(self._rows_of(logits, staying), places)
+            on_device = upload(again, states.device)
+            graph.views.result.index_copy_(1, on_device, drawn.result.to(torch.int32))
+        columns = np.delete(np.arange(rows.size), np.delete(asking, staying))
+        result = graph.take_away(step.staging)
+        step.samples.append(
+            PendingSample(rows[columns], result, columns, drawn.logprobs_rows, drawn.logprobs)
+        )
+
+    def _sample(self, logits: Tensor, places: SamplePlaces, step: PendingStep) -> None:
+        """Sample the rows of a step, but for those whose logits must leave first."""
+        if places.wishes & Wish.PROCESSORS:
+            staying = self._send_out(logits, places.rows, step)
+            if not staying.size:
+                return
+            logits = self._rows_of(logits, staying)
+            places = place_samples(places.rows[staying], self._states)
+        self._answer(self._draw(logits, places), places.rows, step)
+
+    def _send_out(self, logits: Tensor, rows: Array, step: PendingStep) -> Array:
+        """Rows with processors leave as raw logits; returns the places of the others."""
+        leaving = self._states.sampling.rows_with(rows, Wish.PROCESSORS)
+        if leaving.size:
+            raw_logits = self._rows_of(logits, leaving)
+            step.logits_rows.append((rows[leaving], download(raw_logits)))
+            for i in self._states.sampling.rows_with(rows[leaving], Wish.LOGPROBS).tolist():
+                self._raw_logits[int(rows[leaving[i]])] = raw_logits[i]
+        return np.delete(np.arange(rows.size), leaving)
 
     def _sample_returned(
         self, sample_rows: Sequence[SampleRow], frames: Frames, step: PendingStep
@@ -189,43 +271,52 @@ class ModelRunner:
         ]
         logits = upload(np.stack(returned), self._states.device)
         asking = self._states.sampling.rows_with(rows, Wish.LOGPROBS)
-        raw_logits = logits
+        raw_logits = None
         if asking.size:
-            raw_logits = logits.clone()
-            for i in asking.tolist():
-                raw_logits[i] = self._raw_logits.pop(int(rows[i]))
-        self._sample(logits, place_samples(rows, self._states), step, raw_logits=raw_logits)
+            raw_logits = torch.stack([self._raw_logits.pop(int(rows[i])) for i in asking.tolist()])
+        self._answer(self._draw(logits, place_samples(rows, self._states), raw_logits), rows, step)
 
-    def _sample(
-        self, logits: Tensor, places: SamplePlaces, step: PendingStep, *, raw_logits: Tensor
-    ) -> None:
-        """Draw, write the ids where the next step reads them, and send them to the host.
+    def _draw(
+        self, logits: Tensor, places: SamplePlaces, raw_logits: Tensor | None = None
+    ) -> Drawn:
+        """Draw, and write the ids where the next step reads them.
 
         Args:
             logits: [S, V], changed in place.
-            raw_logits: [S, V] as the model made them; may be ``logits`` itself.
+            raw_logits: as the model made them, of the rows that ask for log-probabilities; None:
+                they are still in ``logits``.
         """
         sampling = self._states.sampling
         asking = places.rows[:0]
         if places.wishes & Wish.LOGPROBS:
             asking = sampling.rows_with(places.rows, Wish.LOGPROBS)
             on_device = upload(asking, self._states.device)
-            raw_logits = raw_logits.index_select(0, on_device)  # before they change
+            if raw_logits is None:
+                raw_logits = logits.index_select(0, on_device)  # before they change
         sampled = sample_rows(logits, places, self._states)
         self._states.append(places.rows, places.places, sampled.token_ids)
         logprobs = None
         if asking.size:
+            assert raw_logits is not None, "they were asked for above"
             wanted = [sampling.of(row).params.num_logprobs or 0 for row in places.rows[asking]]
             token_ids = sampled.token_ids.index_select(0, on_device)
             logprobs = compute_logprobs(raw_logits, token_ids, wanted)
         result = torch.stack((sampled.token_ids, sampled.is_bad.to(torch.int64)))
+        return Drawn(result, places.rows[asking], logprobs)
+
+    def _answer(self, drawn: Drawn, rows: Array, step: PendingStep) -> None:
+        """Send drawn ids to the host, next in the order of the step."""
         step.samples.append(
-            PendingSample(places.rows, download(result), places.rows[asking], logprobs)
+            PendingSample(
+                rows,
+                download(drawn.result),
+                logprobs_rows=drawn.logprobs_rows,
+                logprobs=drawn.logprobs,
+            )
         )
 
-
-def _record_event() -> "torch.cuda.Event":
-    """An event behind everything queued so far; waiting for it sleeps instead of spinning."""
-    event = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
-    event.record()
-    return event
+    def _rows_of(self, logits: Tensor, places: Array) -> Tensor:
+        """A copy of some rows; of all of them, the same tensor."""
+        if places.size == logits.shape[0]:
+            return logits
+        return logits.index_select(0, upload(places, self._states.device))

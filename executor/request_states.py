@@ -61,7 +61,8 @@ class RequestStates:
     """Owns the rows.
 
     ``num_computed_tokens <= num_tokens`` for every row in use, counting the steps already
-    launched; the tables hold at least that many tokens, and blocks for them.
+    launched; the tables hold at least that many tokens, and blocks for them. ``padding_row`` is
+    never anybody's: greedy, in the null block, for the places of a step that nobody fills.
     """
 
     def __init__(
@@ -76,15 +77,16 @@ class RequestStates:
         width = -(-(max_model_len + SLACK_TOKENS) // block_size) * block_size
         self.block_size = block_size
         self.device = device
-        self.tokens = RowTable(max_num_seqs, width, device)
-        self.blocks = RowTable(max_num_seqs, width // block_size, device)
+        self.padding_row = max_num_seqs
+        self.tokens = RowTable(max_num_seqs + 1, width, device)
+        self.blocks = RowTable(max_num_seqs + 1, width // block_size, device)
         self.num_tokens: NDArray[np.int64] = np.zeros(max_num_seqs, dtype=np.int64)
         self.num_prompt_tokens: NDArray[np.int64] = np.zeros(max_num_seqs, dtype=np.int64)
         self.num_computed_tokens: NDArray[np.int64] = np.zeros(max_num_seqs, dtype=np.int64)
         self.num_blocks: NDArray[np.int64] = np.zeros(max_num_seqs, dtype=np.int64)
         # Prompt positions whose log-probabilities were reported before a preemption.
         self.num_prompt_logprobs_sent: NDArray[np.int64] = np.zeros(max_num_seqs, dtype=np.int64)
-        self.sampling = SamplingStates(max_num_seqs, vocab_size, device)
+        self.sampling = SamplingStates(max_num_seqs + 1, vocab_size, device)
 
     def apply(self, plan: SchedulerOutput) -> None:
         """Change the rows as the plan says, in its documented order."""

@@ -16,6 +16,7 @@ from executor.request_states import RequestStates
 from executor.sampling_states import DRAWN, EDITS, Wish
 from executor.transfer import Array, upload_all
 from kernels.logits import apply_bitmask, apply_penalties, apply_token_bias, has_nan
+from kernels.prepare_inputs import Draws
 from kernels.sampling import Sampled, sample
 
 
@@ -48,6 +49,11 @@ def _draw(logits: Tensor, places: SamplePlaces, states: RequestStates) -> Sample
         positions=places.positions,
         any_filter=bool(places.wishes & Wish.FILTERS),
     )
+
+
+def draw(logits: Tensor, draws: Draws) -> Sampled:
+    """Choose by logits as they are and parameters on the device, which alone looks at them."""
+    return sample(logits, **draws._asdict())
 
 
 def _greedy(logits: Tensor) -> Sampled:

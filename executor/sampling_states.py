@@ -13,9 +13,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from executor.transfer import Array, upload
+from executor.transfer import Array, update, upload
 from ipc.messages import RowParams
 from ipc.sampling_params import GREEDY_BELOW
+from kernels.prepare_inputs import DrawTables
 
 
 class Wish(IntFlag):
@@ -37,6 +38,8 @@ class Wish(IntFlag):
 EDITS = Wish.PENALTIES | Wish.BIAS | Wish.ALLOWED | Wish.BAD_WORDS | Wish.MIN_TOKENS
 # Without any of these a row is the argmax of its raw logits. A plain number: it is used per step.
 DRAWN = int(EDITS | Wish.RANDOM | Wish.FILTERS)
+# With any of these a row takes more than a forward pass and a draw.
+MORE_THAN_DRAWN = EDITS | Wish.LOGPROBS | Wish.PROCESSORS
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +71,18 @@ class RowWishes:
 class SamplingStates:
     """Owns every row's sampling parameters, on the host and on the device."""
 
-    def __init__(self, max_num_seqs: int, vocab_size: int, device: torch.device) -> None:
+    def __init__(self, num_rows: int, vocab_size: int, device: torch.device) -> None:
         self.vocab_size = vocab_size
-        self.flags: NDArray[np.int64] = np.zeros(max_num_seqs, dtype=np.int64)
-        self.wishes: list[RowWishes | None] = [None] * max_num_seqs
+        self.flags: NDArray[np.int64] = np.zeros(num_rows, dtype=np.int64)
+        self.wishes: list[RowWishes | None] = [None] * num_rows
         self._device = device
-        self._floats: NDArray[np.float32] = np.zeros((6, max_num_seqs), dtype=np.float32)
-        self._whole: NDArray[np.int64] = np.zeros((2, max_num_seqs), dtype=np.int64)
-        self._device_floats = torch.zeros(self._floats.shape, device=device)
-        self._device_whole = torch.zeros(self._whole.shape, dtype=torch.int64, device=device)
+        self._floats: NDArray[np.float32] = np.zeros((6, num_rows), dtype=np.float32)
+        self._whole: NDArray[np.int64] = np.zeros((2, num_rows), dtype=np.int64)
+        # What kernels read; it stays at one address.
+        self.tables = DrawTables(
+            torch.zeros(self._floats.shape, device=device),
+            torch.zeros(self._whole.shape, dtype=torch.int64, device=device),
+        )
         self._is_stale = False  # the device lacks what the host knows
 
     def add(self, row: int, params: RowParams) -> None:
@@ -115,15 +121,18 @@ class SamplingStates:
         """Which places of ``rows`` hold a row with this wish."""
         return np.flatnonzero(self.flags[rows] & wish)
 
+    def flush(self) -> None:
+        """Send what rows brought; until then the device has what it had."""
+        if self._is_stale:
+            update(self.tables.floats, self._floats)
+            update(self.tables.whole, self._whole)
+            self._is_stale = False
+
     def gather(self, rows: Tensor) -> DrawParams:
         """The parameters of these rows, in their order."""
-        if self._is_stale:
-            # Copies: on a GPU the transfer may still read after the host's arrays changed.
-            self._device_floats.copy_(upload(self._floats.copy(), self._device))
-            self._device_whole.copy_(upload(self._whole.copy(), self._device))
-            self._is_stale = False
-        floats = self._device_floats.index_select(1, rows)
-        top_k, seeds = self._device_whole.index_select(1, rows).unbind(0)
+        self.flush()
+        floats = self.tables.floats.index_select(1, rows)
+        top_k, seeds = self.tables.whole.index_select(1, rows).unbind(0)
         temperature, top_p, min_p, presence, frequency, repetition = floats.unbind(0)
         return DrawParams(
             temperature=temperature,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 Array = NDArray[Any]
 
-_ALIGNMENT = 8  # the largest item that travels
+_ALIGNMENT = 16  # what allocators keep too: a kernel compiled for one address fits the next
 
 
 def upload(array: Array, device: torch.device) -> Tensor:
@@ -44,6 +44,14 @@ def upload_all(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
         buffer[offset : offset + array.nbytes].view(_torch_dtype(array))
         for array, offset in zip(arrays, offsets, strict=True)
     ]
+
+
+def update(tensor: Tensor, array: Array) -> None:
+    """Copy the array into a tensor that exists; afterwards the caller may change the array."""
+    source = torch.from_numpy(array)
+    if tensor.is_cuda:
+        source = source.pin_memory()  # a copy, which the transfer may read later
+    tensor.copy_(source, non_blocking=True)
 
 
 def download(tensor: Tensor) -> Tensor:

@@ -1,14 +1,34 @@
 """The first steps of a worker, run before anybody waits: compile, allocate, prove that it works.
 
 They take the ordinary way, with plans; their rows use only the null block, so the cache stays as
-good as untouched.
+good as untouched. On a GPU they go through every kind of eager step, since whatever Triton has not
+compiled by then it would compile while somebody waits.
 """
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from triton import knobs
 
 from executor.model_runner import ModelRunner
 from ipc.messages import NewRow, RowParams, SchedulerOutput
 
 _GREEDY = RowParams(seed=0, temperature=0.0)
 _RANDOM = RowParams(seed=0, temperature=1.0, top_k=20, top_p=0.9)
+# One row for each kind of sampling.
+_WISHES = [
+    _GREEDY,
+    _RANDOM,
+    RowParams(seed=0, temperature=1.0),
+    RowParams(seed=0, temperature=1.0, min_p=0.1),
+    RowParams(seed=0, temperature=0.0, repetition_penalty=1.1),
+    RowParams(seed=0, temperature=0.0, logit_bias=[(0, 1.0)], bad_words_token_ids=[[0, 1]]),
+    RowParams(seed=0, temperature=0.0, allowed_token_ids=[0, 1]),
+    RowParams(seed=0, temperature=0.0, num_logprobs=2, num_prompt_logprobs=2),
+]
+# Queries of one request in a step, and contexts: kernels come in variants for a few ranges.
+_QUERY_LENGTHS = (2, 5, 9, 17, 33, 65, 129, 300)
+_CONTEXTS = (200, 400, 700, 1500, 3000, 6000, 12_000, 40_000)
 
 
 def warm_up(
@@ -18,34 +38,78 @@ def warm_up(
     max_model_len: int,
     max_num_seqs: int,
     block_size: int,
+    is_thorough: bool,
 ) -> None:
     """Run one step of ``num_tokens`` prompt tokens and one decode step, then free the rows.
 
     Args:
         num_tokens: spread over as many rows as it needs; capped by what rows can hold.
+        is_thorough: go through the other kinds of steps as well.
     """
-    per_row = max(1, max_model_len - 1)
+    per_row = max(1, max_model_len - 2)  # two decode steps follow
     num_tokens = min(num_tokens, per_row * max_num_seqs)
     lengths = [per_row] * (num_tokens // per_row)
     if num_tokens % per_row:
         lengths.append(num_tokens % per_row)
-    rows = list(range(len(lengths)))
-    new_rows = [
-        NewRow(
-            row=row,
-            token_ids=[0] * length,
-            num_prompt_tokens=length,
-            num_computed_tokens=0,
-            block_ids=[0] * -(-(length + 1) // block_size),
-            params=_GREEDY if row % 2 else _RANDOM,
-        )
-        for row, length in zip(rows, lengths, strict=True)
-    ]
-    plans = [SchedulerOutput(step_id=0, rows=rows, num_new_tokens=lengths, new_rows=new_rows)]
-    if max_model_len > 1:
-        plans.append(SchedulerOutput(step_id=0, rows=rows, num_new_tokens=[]))
-        plans.append(SchedulerOutput(step_id=0, rows=rows[-1:], num_new_tokens=[]))
-    plans.append(SchedulerOutput(step_id=0, rows=[], num_new_tokens=[], freed_rows=rows))
+    params = [_GREEDY if row % 2 else _RANDOM for row in range(len(lengths))]
+    plans = list(_prompts(lengths, params, block_size, max_model_len))
+    if is_thorough:
+        wishes = _WISHES[:max_num_seqs]
+        plans += _prompts([min(3, per_row)] * len(wishes), wishes, block_size, max_model_len)
+        for length in {min(length, per_row) for length in _QUERY_LENGTHS}:
+            plans += _prompts([length], [_GREEDY], block_size, max_model_len)
+        for length in {min(length, per_row) for length in _CONTEXTS}:
+            plans += _decodes(length, min(2, max_num_seqs), block_size)
     for plan in plans:
         runner.execute(plan).resolve()
     runner.num_steps = 0
+
+
+def watch_compilations(tell: Callable[[str], None]) -> None:
+    """From now on have ``tell`` called with the name of each kernel variant that is compiled.
+
+    Loading one from Triton's disk cache counts as well.
+    """
+    former = knobs.runtime.jit_post_compile_hook
+
+    def hook(**compiled: Any) -> bool | None:
+        tell(compiled["repr"])
+        return None if former is None else former(**compiled)
+
+    knobs.runtime.jit_post_compile_hook = hook
+
+
+def _prompts(
+    lengths: list[int], params: list[RowParams], block_size: int, max_model_len: int
+) -> Iterator[SchedulerOutput]:
+    """Prompts in one step, a token for each row, a token for one row, and the rows' end."""
+    rows = list(range(len(lengths)))
+    new_rows = [
+        _row(row, length, 0, block_size, wishes)
+        for row, length, wishes in zip(rows, lengths, params, strict=True)
+    ]
+    yield SchedulerOutput(step_id=0, rows=rows, num_new_tokens=lengths, new_rows=new_rows)
+    if max_model_len > 2:
+        yield SchedulerOutput(step_id=0, rows=rows, num_new_tokens=[])
+        yield SchedulerOutput(step_id=0, rows=rows[-1:], num_new_tokens=[])
+    yield SchedulerOutput(step_id=0, rows=[], num_new_tokens=[], freed_rows=rows)
+
+
+def _decodes(length: int, num_rows: int, block_size: int) -> Iterator[SchedulerOutput]:
+    """A token for one row and for several, each behind a context."""
+    rows = list(range(num_rows))
+    new_rows = [_row(row, length, length - 1, block_size, _GREEDY) for row in rows]
+    yield SchedulerOutput(step_id=0, rows=rows[:1], num_new_tokens=[], new_rows=new_rows)
+    yield SchedulerOutput(step_id=0, rows=rows, num_new_tokens=[])
+    yield SchedulerOutput(step_id=0, rows=[], num_new_tokens=[], freed_rows=rows)
+
+
+def _row(row: int, length: int, num_computed: int, block_size: int, params: RowParams) -> NewRow:
+    return NewRow(
+        row=row,
+        token_ids=[0] * length,
+        num_prompt_tokens=length,
+        num_computed_tokens=num_computed,
+        block_ids=[0] * -(-(length + 3) // block_size),
+        params=params,
+    )

@@ -5,6 +5,7 @@ process (``__main__``) puts a message loop around it.
 """
 
 import gc
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Protocol
 
 import torch
 
+from executor.cuda_graphs import CudaRecorder, GraphPlan, graph_sizes, is_recordable
 from executor.device import (
     DTYPES,
     host_memory,
@@ -29,6 +31,7 @@ from executor.memory import (
     Need,
     activation_bytes,
     check_swap_space,
+    graph_temporaries_bytes,
     plan_cpu_blocks,
     plan_gpu_blocks,
     plan_swap_blocks,
@@ -37,8 +40,8 @@ from executor.model_config import ModelShape
 from executor.model_runner import ModelRunner, PendingStep
 from executor.parallel import TensorParallel
 from executor.profiling import RankProfiler
-from executor.request_states import RequestStates
-from executor.warm_up import warm_up
+from executor.request_states import SLACK_TOKENS, RequestStates
+from executor.warm_up import warm_up, watch_compilations
 from executor.weights import move_weights
 from ipc.config import EngineConfig, LoadConfig, ModelConfig
 from ipc.errors import UnsupportedError
@@ -62,6 +65,8 @@ CONTEXT_BYTES = 600 * 2**20
 # On a CPU there is nothing to verify or compile: a few tokens prove that a step works.
 CPU_WARM_UP_TOKENS = 16
 PROGRESS_S = 0.1  # between two reports of one phase
+
+logger = logging.getLogger(__name__)
 
 OnProgress = Callable[[LoadProgress], None]
 
@@ -182,6 +187,11 @@ class Worker:
                 self._runner = None  # the cache goes before the smaller one comes
                 self._num_blocks = self._plan_blocks(peak)
                 cache_bytes = self._make_runner()
+        if self._graph_plan is not None:
+            with phases.phase("recording graphs"):
+                self._record_graphs(is_first=True)
+        if self.is_asynchronous:
+            watch_compilations(lambda name: logger.warning("compiled while serving: %s", name))
         phases.stage = "step"
         return WorkerReady(
             rank=self._rank,
@@ -202,6 +212,14 @@ class Worker:
             raise RuntimeError(f"step {plan.step_id} was planned for a worker that is asleep")
         return self._runner.execute(plan, frames)
 
+    def do_idle_work(self) -> bool:
+        """Do a part of what will be needed later, some hundredths of a second; False: all is done.
+
+        For moments in which nobody waits for a step.
+        """
+        graphs = None if self._runner is None else self._runner.graphs
+        return graphs is not None and graphs.record_next()
+
     def call(self, operation: AnyOperation) -> object:
         """Run a control operation and return its result.
 
@@ -218,7 +236,13 @@ class Worker:
             case StopProfile():
                 return [self._profiler.stop()]
             case CheckWorkers():
-                return self._sign_of_life()
+                return WorkerInfo(
+                    rank=self._rank,
+                    pid=os.getpid(),
+                    device=str(self._device),
+                    num_steps=0 if self._runner is None else self._runner.num_steps,
+                    memory_used_bytes=memory_used(self._device),
+                )
             case _:
                 raise UnsupportedError(f"{type(operation).__name__} is no operation of a worker")
         return None
@@ -261,6 +285,34 @@ class Worker:
             max_num_batched_tokens=scheduler.max_num_batched_tokens,
             max_num_seqs=scheduler.max_num_seqs,
             item_size=self._cache_dtype.itemsize,
+        )
+
+    @property
+    def _graph_plan(self) -> GraphPlan | None:
+        """What steps are recorded, None where all of them run eagerly."""
+        config, loaded = self._config.model_config, self._loaded
+        if self._device.type != "cuda" or config.enforce_eager or loaded is None:
+            return None
+        if not is_recordable(loaded.model):
+            return None
+        scheduler = self._config.scheduler_config
+        sizes = graph_sizes(
+            max_num_seqs=scheduler.max_num_seqs,
+            max_num_batched_tokens=scheduler.max_num_batched_tokens,
+            max_seq_len=min(
+                config.max_seq_len_to_capture,
+                self._max_model_len + scheduler.num_lookahead_slots + SLACK_TOKENS,
+            ),
+        )
+        return GraphPlan(
+            sizes=sizes,
+            temporaries_bytes=graph_temporaries_bytes(
+                self._shape(),
+                tp_size=self._tp.size,
+                max_tokens=sizes.max_tokens,
+                max_requests=sizes.max_requests,
+                item_size=self._cache_dtype.itemsize,
+            ),
         )
 
     @property
@@ -309,11 +361,13 @@ class Worker:
         free, total = torch.cuda.mem_get_info()
         reserved = torch.cuda.memory_reserved()
         libraries = max(0, self._baseline_free - free - reserved)
+        plan = self._graph_plan
         return DeviceMemory(
             total=total,
             free=free,
             weights=reserved,
             activations=activations,
+            graphs=0 if plan is None else plan.num_bytes,
             other=CONTEXT_BYTES + libraries,
         )
 
@@ -350,11 +404,26 @@ class Worker:
             max_model_len=self._max_model_len,
             max_num_seqs=scheduler.max_num_seqs,
             block_size=self._config.cache_config.block_size,
+            is_thorough=is_gpu,
         )
         return torch.cuda.max_memory_allocated() - before if is_gpu else 0
 
+    def _record_graphs(self, *, is_first: bool) -> None:
+        """Record what the first requests will need; the rest is for idle moments."""
+        plan = self._graph_plan
+        if plan is None or self._runner is None:
+            return
+        graphs = self._runner.use_graphs(
+            CudaRecorder(self._device, plan.temporaries_bytes), plan.sizes
+        )
+        if is_first:
+            graphs.rehearse()
+        graphs.record_first()
+
     def _sleep(self, level: int) -> None:
         """Drop the cache; at level 1 the weights wait on the host, at level 2 they go too."""
+        if self._runner is not None:
+            self._runner.close()
         self._runner = None
         if level >= 2:
             self._loaded = None
@@ -373,12 +442,4 @@ class Worker:
         else:
             move_weights(self._loaded.model, self._device)
         self._make_runner()
-
-    def _sign_of_life(self) -> WorkerInfo:
-        return WorkerInfo(
-            rank=self._rank,
-            pid=os.getpid(),
-            device=str(self._device),
-            num_steps=0 if self._runner is None else self._runner.num_steps,
-            memory_used_bytes=memory_used(self._device),
-        )
+        self._record_graphs(is_first=False)

@@ -1,10 +1,13 @@
 """Small pieces of the runtime with defaults, for tests."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
+from executor.cuda_graphs import GraphSizes, Recording
 from executor.kv_cache import KVCache
-from executor.model_runner import ModelRunner
+from executor.model_runner import ModelRunner, PendingStep
 from executor.request_states import RequestStates
 from ipc.messages import ModelRunnerOutput, NewRow, RowParams, SchedulerOutput
 from ipc.tensors import Frames
@@ -59,8 +62,30 @@ def make_plan(
     return SchedulerOutput(step_id=0, rows=rows, num_new_tokens=num_new_tokens or [], **fields)  # type: ignore[arg-type]
 
 
+class PlainRecorder:
+    """Stands in for CUDA graphs: a replay runs the function again."""
+
+    def __init__(self) -> None:
+        self.num_rehearsed = 0
+        self.num_recorded = 0
+
+    def rehearse(self, run: Callable[[], torch.Tensor]) -> None:
+        self.num_rehearsed += 1
+        run()
+
+    def record(self, run: Callable[[], torch.Tensor]) -> Recording:
+        self.num_recorded += 1
+        out = torch.empty(0)
+
+        def replay() -> None:
+            result = run()
+            out.resize_(result.shape).copy_(result)
+
+        return Recording(out, replay)
+
+
 class Rig:
-    """A runner with the fake model, its rows and its cache."""
+    """A runner with the fake model, its rows and its cache; with ``graphs`` it replays steps."""
 
     def __init__(
         self,
@@ -68,6 +93,7 @@ class Rig:
         *,
         num_blocks: int = 128,
         num_swap_blocks: int = 64,
+        graphs: GraphSizes | None = None,
         **states: int,
     ) -> None:
         self.model = model or FakeModel()
@@ -81,6 +107,9 @@ class Rig:
             device=CPU,
         )
         self.runner = ModelRunner(self.model, self.kv_cache, self.states)
+        self.recorder = PlainRecorder()
+        if graphs is not None:
+            self.runner.use_graphs(self.recorder, graphs)
 
     def step(self, plan: SchedulerOutput, frames: Frames = ()) -> ModelRunnerOutput:
         """Run one step to its end."""
@@ -91,6 +120,36 @@ class Rig:
         new_rows = [make_new_row(i, prompt, params=params) for i, prompt in enumerate(prompts)]
         lengths = [len(prompt) for prompt in prompts]
         return self.step(make_plan(list(range(len(prompts))), lengths, new_rows=new_rows))
+
+
+def run_steps(
+    execute: Callable[[SchedulerOutput], PendingStep],
+    params: list[RowParams],
+    steps_in_flight: int,
+    num_decodes: int = 4,
+) -> list[object]:
+    """A prompt each, decode steps, a late row with its prompt among them, more decode steps.
+
+    Returns what each step answered.
+    """
+    rows = list(range(len(params)))
+    new_rows = [make_new_row(row, [3 + row] * (4 + row % 7), params=params[row]) for row in rows]
+    late = len(rows)
+    plans = [make_plan(rows, [len(new.token_ids) for new in new_rows], new_rows=new_rows)]
+    plans += [make_plan(rows)] * num_decodes
+    new_rows = [make_new_row(late, [9] * 12)]
+    plans.append(make_plan([*rows, late], [1] * late + [9], new_rows=new_rows))
+    plans.append(make_plan([*rows, late], [1] * late + [3]))
+    plans += [make_plan([late, *rows])] * num_decodes
+    plans.append(make_plan([], freed_rows=[*rows, late]))
+    pending: list[PendingStep] = []
+    answers = []
+    for plan in plans:
+        pending.append(execute(plan))
+        if len(pending) == steps_in_flight:
+            answers.append(pending.pop(0).resolve()[0])
+    answers += [step.resolve()[0] for step in pending]
+    return [(answer.sampled_token_ids, answer.nan_rows, answer.logprobs) for answer in answers]
 
 
 def peaked(*token_ids: int, vocab_size: int = VOCAB_SIZE) -> torch.Tensor:

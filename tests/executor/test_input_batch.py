@@ -2,9 +2,10 @@
 
 import random
 
+import numpy as np
 import pytest
 
-from executor.input_batch import build_input_batch, place_samples
+from executor.input_batch import build_input_batch, pack_rows, place_samples
 from executor.request_states import RequestStates
 from tests.executor.builders import make_new_row, make_plan, make_states
 
@@ -39,7 +40,8 @@ def test_every_vector_equals_a_loop_over_requests(seed: int) -> None:
     owed = {row: int(states.num_tokens[row] - states.num_computed_tokens[row]) for row in rows}
     counts = [rng.choice([owed[row], rng.randint(1, owed[row])]) for row in rows]
 
-    batch = build_input_batch(make_plan(rows, counts), states)
+    packed = pack_rows(make_plan(rows, counts), states)
+    batch = build_input_batch(packed, states)
 
     positions, token_ids, slots, samples, ends = [], [], [], [], [0]
     for row, count in zip(rows, counts, strict=True):
@@ -55,7 +57,7 @@ def test_every_vector_equals_a_loop_over_requests(seed: int) -> None:
     assert batch.positions.tolist() == positions
     assert batch.token_ids.tolist() == token_ids
     assert batch.meta.slot_mapping.tolist() == slots
-    assert batch.meta.query_start_loc.tolist() == batch.query_start_loc.tolist() == ends
+    assert batch.meta.query_start_loc.tolist() == packed.query_start_loc.tolist() == ends
     assert batch.meta.seq_lens.tolist() == seq_lens
     assert (batch.meta.max_query_len, batch.meta.max_seq_len) == (max(counts), max(seq_lens))
     for i, row in enumerate(rows):
@@ -66,8 +68,9 @@ def test_every_vector_equals_a_loop_over_requests(seed: int) -> None:
         assert batch.samples is not None
         assert batch.samples.rows.tolist() == [row for row, _, _ in samples]
         assert batch.samples.positions.tolist() == [position for _, _, position in samples]
-        indices = range(len(positions)) if batch.logit_indices is None else batch.logit_indices
-        assert [int(i) for i in indices] == [index for _, index, _ in samples]
+        indices = batch.samples.logit_indices
+        indices = range(len(positions)) if indices is None else indices.tolist()
+        assert list(indices) == [index for _, index, _ in samples]
     else:
         assert batch.samples is None
 
@@ -80,10 +83,11 @@ def test_decode_is_one_token_for_each_row_and_needs_no_picking() -> None:
         )
     )
 
-    short = build_input_batch(make_plan([2, 0]), states)
-    spelled_out = build_input_batch(make_plan([2, 0], [1, 1]), states)
+    short = build_input_batch(pack_rows(make_plan([2, 0]), states), states)
+    spelled_out = build_input_batch(pack_rows(make_plan([2, 0], [1, 1]), states), states)
 
-    assert short.logit_indices is None
+    assert short.samples is not None
+    assert short.samples.logit_indices is None
     assert short.meta.max_query_len == 1
     for batch in (short, spelled_out):
         assert batch.token_ids.tolist() == [9, 7]
@@ -95,7 +99,7 @@ def test_samples_without_a_forward_pass_go_behind_the_last_token() -> None:
     states = make_states()
     states.apply(make_plan([], new_rows=[make_new_row(4, [1, 2, 3])]))
 
-    samples = place_samples(build_input_batch(make_plan([4], [3]), states).rows, states)
+    samples = place_samples(np.array([4]), states)
 
     assert samples.positions.tolist() == [3]
     assert samples.places.tolist() == [4 * states.tokens.width + 3]
@@ -105,7 +109,7 @@ def test_dtypes_are_what_kernels_take() -> None:
     states = make_states()
     states.apply(make_plan([], new_rows=[make_new_row(0, [1, 2, 3])]))
 
-    batch = build_input_batch(make_plan([0], [3]), states)
+    batch = build_input_batch(pack_rows(make_plan([0], [3]), states), states)
 
     dtypes = {
         "token_ids": batch.token_ids.dtype,

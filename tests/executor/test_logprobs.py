@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from executor import logprobs
-from executor.input_batch import build_input_batch
+from executor.input_batch import pack_rows
 from executor.logprobs import compute_logprobs, prompt_logprobs
 from ipc.messages import RowParams, TokenLogprobs
 from tests.executor.builders import make_new_row, make_plan, make_states, peaked
@@ -39,13 +39,13 @@ def collect(
     done = 0
     for i, chunk in enumerate(chunks):
         rows, counts = ([1, 3], [3, chunk]) if i == 0 else ([3], [chunk])
-        batch = build_input_batch(make_plan(rows, counts), states)
+        packed = pack_rows(make_plan(rows, counts), states)
         mates = torch.zeros(3 if i == 0 else 0, VOCAB_SIZE)
         hidden = torch.cat([mates, all_logits[done : done + chunk]])
-        parts = prompt_logprobs(batch, states, hidden, lambda h: h)
+        parts = prompt_logprobs(packed, states, hidden, lambda h: h)
         found.append([part for _, slices in parts for one in slices for part in one.unpack()])
         assert all(found_row == 3 for found_row, _ in parts)
-        states.advance(batch.rows, batch.num_new_tokens)
+        states.advance(packed.rows, packed.num_new_tokens)
         done += chunk
     return found
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from executor.cuda_graphs import GraphSizes, graph_sizes
 from executor.model_runner import PendingStep
 from ipc.messages import NewRow, RowParams, SampleRow, SchedulerOutput
 from ipc.tensors import FrameWriter, read
@@ -186,10 +187,14 @@ class Simulation:
     BLOCK_SIZE = 8
     MAX_LEN = 60
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, graphs: GraphSizes | None) -> None:
         self.rng = random.Random(seed)
         self.rig = Rig(
-            num_blocks=100, num_swap_blocks=60, max_num_seqs=8, max_model_len=self.MAX_LEN
+            num_blocks=100,
+            num_swap_blocks=60,
+            graphs=graphs,
+            max_num_seqs=8,
+            max_model_len=self.MAX_LEN,
         )
         self.rows: dict[int, Simulated] = {}
         self.waiting: list[Simulated] = []
@@ -335,13 +340,23 @@ class Simulation:
             assert not beyond.any(), "entries past the row's blocks are the null block"
 
 
+GRAPHS = graph_sizes(max_num_seqs=8, max_num_batched_tokens=64, max_seq_len=50)
+
+
 @pytest.mark.parametrize("seed", [1, 2])
-def test_five_hundred_random_steps_equal_a_naive_recomputation(seed: int) -> None:
-    simulation = Simulation(seed)
+@pytest.mark.parametrize(
+    "graphs", [pytest.param(None, id="eager"), pytest.param(GRAPHS, id="recorded")]
+)
+def test_five_hundred_random_steps_equal_a_naive_recomputation(
+    seed: int, graphs: GraphSizes | None
+) -> None:
+    simulation = Simulation(seed, graphs)
 
     for step_id in range(500):
         simulation.step(step_id)
         simulation.check()
+        if simulation.rig.runner.graphs is not None and step_id % 10 == 0:
+            simulation.rig.runner.graphs.record_next()
 
     assert min(simulation.num_done[kind] for kind in ("finish", "recompute", "swap", "fork")) > 20
     assert simulation.num_done["decode"] > 20

@@ -17,13 +17,16 @@ from triton.runtime.jit import JITFunction
 from kernels import (
     activation,
     decode_attention,
+    gumbel,
     logits,
     logprobs,
     paged_attention,
+    prepare_inputs,
     rms_norm,
     rotary,
     sampling,
     store_kv_cache,
+    store_samples,
 )
 from kernels.attention_step import Options, Step, StepMemo
 from kernels.sampling_cpu import Rows
@@ -107,14 +110,33 @@ def compile_logits() -> None:
     logits.apply_bitmask_triton(x, ids, torch.zeros(B, -(-V // 32), dtype=torch.int32))
     logits.has_nan_triton(x)
     logprobs.token_logprobs_triton(x, ids, 2)
-    sampling.gumbel_noise_triton(ids, ids, V)
+    gumbel.gumbel_noise_triton(ids, ids, V)
     for any_filter in (False, True):
         sampling.sample_triton(x, Rows(ones, ids.int(), ones, ones, ids, ids), any_filter)
+
+
+def compile_step_inputs() -> None:
+    def zeros(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    f32, i32, i64, B, R = torch.float32, torch.int32, torch.int64, 4, 9
+    tokens, blocks = zeros(i32, R, 640), zeros(i32, R, 40)
+    requests = prepare_inputs.Requests(zeros(i32, B), zeros(i32, B), zeros(i32, B + 1))
+    packed = prepare_inputs.PackedInputs(
+        zeros(i32, B), zeros(i64, B), zeros(i64, B), zeros(i32, B, 48)
+    )
+    tables = prepare_inputs.DrawTables(zeros(f32, 6, R), zeros(i64, 2, R))
+    draws = prepare_inputs.Draws(*(zeros(t, B) for t in (f32, f32, f32, i32, i64, i64)))
+    for parameters in ((None, None), (tables, draws)):
+        prepare_inputs.prepare_inputs_triton(requests, tokens, blocks, packed, 16, *parameters)
+    ids, is_bad, out = zeros(i64, B), zeros(torch.bool, B), zeros(i32, 2, B)
+    store_samples.store_samples_triton(ids, is_bad, *requests[:2], tokens, out)
 
 
 def main() -> None:
     driver.set_active(H200WithoutDevice())  # type: ignore[arg-type]
     stop_after_compiling()
+    compile_step_inputs()
     compile_logits()
     for dtype in DTYPES:
         compile_elementwise(dtype)

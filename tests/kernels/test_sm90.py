@@ -8,6 +8,7 @@ from pathlib import Path
 
 KERNELS = {
     "_bitmask_kernel",
+    "_collect_kernel",
     "_decode_kernel",
     "_draw_kernel",
     "_fused_add_rms_norm_kernel",
@@ -19,10 +20,14 @@ KERNELS = {
     "_pick_kernel",
     "_plan_kernel",
     "_prefill_kernel",
+    "_prepare_kernel",
+    "_rank_kernel",
     "_rms_norm_kernel",
     "_rotary_kernel",
+    "_scan_kernel",
+    "_settle_kernel",
     "_store_kernel",
-    "_threshold_kernel",
+    "_store_samples_kernel",
     "_token_bias_kernel",
 }
 SHARED_MEMORY_BYTES = 227 * 1024
