@@ -7,8 +7,11 @@ so a run may be cut anywhere and continued by name.
 
 import argparse
 import contextlib
+import subprocess
+import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ DEFAULT_OUTPUT = SCRIPTS / "bench_results" / "latest.jsonl"
 
 
 class Suite:
-    """One model's measurements. Owns nothing but the plan; engines live within one stage."""
+    """One model's measurements. Owns the list of failures; engines live within one stage."""
 
     def __init__(
         self, model: BenchModel, sizes: Sizes, options: argparse.Namespace, recorder: Recorder
@@ -39,6 +42,7 @@ class Suite:
         self._sizes = sizes
         self._options = options
         self._recorder = recorder
+        self.failed: list[str] = []
 
     def names(self) -> list[str]:
         """Every measurement, in the order in which they run."""
@@ -54,15 +58,35 @@ class Suite:
         chosen = [name for name in self.names() if is_chosen(name, self._options.only)]
         runs = {name: run for name, run in self._offline_runs().items() if name in chosen}
         rates = [rate for rate in self._sizes.serve_rates if f"serve.rate{rate:g}" in chosen]
-        if runs and self._has_time("the offline engine"):
-            self._run_offline(runs)
+        pending = [(round, name) for round in range(self._options.rounds) for name in runs]
+        while pending and self._has_time("the offline engine"):
+            with self._guard("the offline engine", pending):
+                self._run_offline(runs, pending)
         if "prefix" in chosen and self._has_time("the engine with prefix caching"):
-            self._run_prefix()
+            with self._guard("prefix"):
+                self._run_prefix()
         if rates and self._has_time("the server"):
-            self._run_serving(rates)
+            with self._guard("serve"):
+                self._run_serving(rates)
         if "startup" in chosen and self._has_time("start-up"):
-            for name, result in measure_startup(self._engine_args()).items():
-                self._record(f"startup.{name}", result, 0)
+            with self._guard("startup"):
+                self._run_startup()
+
+    @contextlib.contextmanager
+    def _guard(self, stage: str, pending: list[tuple[int, str]] | None = None) -> Iterator[None]:
+        """Note a failure and go on: device time is dear, and the other stages may work.
+
+        Args:
+            pending: emptied when the stage failed before any measurement of it began.
+        """
+        num_pending = len(pending or ())
+        try:
+            yield
+        except Exception:
+            traceback.print_exc(file=sys.stdout)
+            self.failed.append(f"{self._model.name} {stage}")
+            if pending is not None and len(pending) == num_pending:
+                pending.clear()
 
     # ------------------------------------------------------------ offline
 
@@ -104,12 +128,15 @@ class Suite:
 
         return run
 
-    def _run_offline(self, runs: dict[str, Callable[[LLMEngine], Result]]) -> None:
+    def _run_offline(
+        self, runs: dict[str, Callable[[LLMEngine], Result]], pending: list[tuple[int, str]]
+    ) -> None:
+        """Work off ``pending``; what was begun is taken off it."""
         with self._engine(enable_prefix_caching=False) as engine:
-            for round in range(self._options.rounds):
-                for name, run in runs.items():
-                    if self._has_time(name):
-                        self._record(name, run(engine), round)
+            while pending:
+                round, name = pending.pop(0)
+                if self._has_time(name):
+                    self._record(name, runs[name](engine), round)
 
     def _run_prefix(self) -> None:
         """Cold, then new requests behind the same prefix, then the very same requests again."""
@@ -164,6 +191,10 @@ class Suite:
             "max_num_seqs": self._sizes.max_num_seqs,
             "gpu_memory_utilization": 0.92,
         }
+
+    def _run_startup(self) -> None:
+        for name, result in measure_startup(self._engine_args()).items():
+            self._record(f"startup.{name}", result, 0)
 
     # ------------------------------------------------------------ online
 
@@ -284,9 +315,16 @@ def run(args: argparse.Namespace) -> int:
     if args.list:
         print("\n".join(dict.fromkeys(["limits", *(n for suite in suites for n in suite.names())])))
         return 0
-    if is_chosen("limits", args.only):
+    failed = []
+    if is_chosen("limits", args.only) and args.budget_s > 0:
         say("limits")
-        recorder.add("limits", measure_limits(args.device, is_small=args.smoke), model=None)
+        try:
+            recorder.add("limits", measure_limits(args.device, is_small=args.smoke), model=None)
+        except subprocess.CalledProcessError:  # it has said why
+            failed.append("limits")
     for suite in suites:
         suite.run()
-    return 0
+        failed += suite.failed
+    if failed:
+        say(f"FAILED: {', '.join(failed)}")
+    return 1 if failed else 0

@@ -102,14 +102,15 @@ def _graph_node_us() -> float:
     import triton
 
     @triton.jit
-    def empty():  # type: ignore[no-untyped-def]
+    def empty(pointer):  # type: ignore[no-untyped-def]
         pass
 
-    empty[(1,)]()
+    pointer = torch.zeros(1, device="cuda")
+    empty[(1,)](pointer)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(GRAPH_NODES):
-            empty[(1,)]()
+            empty[(1,)](pointer)
     return _rounded(_median_s(graph.replay, "cuda") * 1e6 / GRAPH_NODES)
 
 

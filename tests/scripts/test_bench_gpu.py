@@ -27,14 +27,14 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def bench(*arguments: str) -> str:
+def bench(*arguments: str, exit_code: int = 0) -> str:
     """Run the command as a user does; its output."""
     command = [sys.executable, str(ROOT / "scripts" / "bench.py"), *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     finished = subprocess.run(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, check=False
     )
-    assert finished.returncode == 0, finished.stdout
+    assert finished.returncode == exit_code, finished.stdout
     return finished.stdout
 
 
@@ -89,6 +89,24 @@ def test_nothing_is_begun_when_the_time_is_up(tmp_path: Path) -> None:
     text = bench(*arguments, "--only", "decode,serve,startup", "--budget-s", "0")
     assert not output.exists()
     assert text.count("not begun: the time is up") == 3
+
+
+def test_a_measurement_that_fails_is_told_and_the_others_go_on(tmp_path: Path) -> None:
+    output = tmp_path / "results.jsonl"
+    arguments = ["gpu", "--smoke", "--model", "tiny", "--device", "cpu", "--output", str(output)]
+    too_small = ["--engine-arg", "num_gpu_blocks_override=4"]  # 48 tokens, of which 49 are wanted
+    text = bench(*arguments, *too_small, "--only", "prefill,offline.32x8", exit_code=1)
+    assert [row["measure"] for row in read_rows(output)] == ["offline.32x8"]
+    assert "FAILED: tiny the offline engine" in text
+
+
+def test_an_engine_that_cannot_serve_at_all_is_not_tried_for_ever(tmp_path: Path) -> None:
+    output = tmp_path / "results.jsonl"
+    arguments = ["gpu", "--smoke", "--model", "tiny", "--device", "cpu", "--output", str(output)]
+    broken = ["--engine-arg", "num_gpu_blocks_override=2"]
+    text = bench(*arguments, *broken, "--only", "decode", exit_code=1)
+    assert not output.exists()
+    assert text.count("Traceback") >= 1
 
 
 def test_the_names_can_be_listed_without_measuring() -> None:
