@@ -25,6 +25,7 @@ from kernels import (
     rms_norm,
     rotary,
     sampling,
+    skinny_gemm,
     store_kv_cache,
     store_samples,
 )
@@ -133,11 +134,34 @@ def compile_step_inputs() -> None:
     store_samples.store_samples_triton(ids, is_bad, *requests[:2], tokens, out)
 
 
+def compile_skinny_products() -> None:
+    """Every pinned tile, at the most rows that it serves, and one wide tile whatever is pinned."""
+    wide = (True, 128, 64, 1, 2, 8, 4, 2)
+    vector = (False, 2, 512, 1, 1, 4, 1, 1)
+    tables = skinny_gemm.skinny_gemm_h200
+    wanted: dict[tuple[object, ...], int] = {(False, 4096, vector): 2}
+    for gated, table in ((False, tables.PLAIN), (True, tables.GATED)):
+        wanted[gated, 4096, wide] = 64
+        for (_, K), entries in table.items():
+            for rows, tile in entries.items():
+                if tile is not None:
+                    wanted[gated, K if not tile[0] else 4096, tile] = rows
+    for (gated, K, tile), rows in wanted.items():
+        x = torch.empty(rows, K, dtype=torch.bfloat16)
+        weight = torch.empty(4096, K, dtype=torch.bfloat16)
+        options = {"tile": skinny_gemm.Tile._make(tile)}
+        if gated:
+            skinny_gemm.skinny_gated(x, weight, activation=activation.SILU, **options)
+        else:
+            skinny_gemm.skinny_linear(x, weight, **options)
+
+
 def main() -> None:
     driver.set_active(H200WithoutDevice())  # type: ignore[arg-type]
     stop_after_compiling()
     compile_step_inputs()
     compile_logits()
+    compile_skinny_products()
     for dtype in DTYPES:
         compile_elementwise(dtype)
         compile_attention(dtype, 64, Options(0.1, None, None))

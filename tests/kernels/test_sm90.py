@@ -10,6 +10,7 @@ KERNELS = {
     "_bitmask_kernel",
     "_collect_kernel",
     "_decode_kernel",
+    "_dot_kernel",
     "_draw_kernel",
     "_fused_add_rms_norm_kernel",
     "_gated_kernel",
@@ -29,6 +30,7 @@ KERNELS = {
     "_store_kernel",
     "_store_samples_kernel",
     "_token_bias_kernel",
+    "_vector_kernel",
 }
 SHARED_MEMORY_BYTES = 227 * 1024
 
@@ -54,5 +56,6 @@ def test_every_kernel_compiles_for_sm90_within_its_shared_memory() -> None:
     assert [r for r in reports if r["shared"] > SHARED_MEMORY_BYTES] == []
     # 16-bit attention of whole tiles must reach the tensor cores of this generation.
     assert any(r["wgmma"] for r in reports if r["kernel"] == "_prefill_kernel")
+    assert any(r["wgmma"] for r in reports if r["kernel"] == "_dot_kernel")
     # An approximate logarithm near 1 is wrong by more than the noise that is made with it.
     assert not any(r["approximate_log"] for r in reports)
