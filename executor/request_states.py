@@ -6,6 +6,7 @@ id the device writes into its own table, so the next step needs no ids from anyo
 """
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import torch
@@ -47,6 +48,24 @@ class RowTable:
             first = row * self.width + start
             self._places.append(np.arange(first, first + len(values), dtype=np.int64))
             self._values.append(np.array(values, dtype=np.int32))
+
+    def append(self, rows: Array, starts: Array, counts: Array, values: Array) -> None:
+        """Put ``counts[i]`` of the values into row ``rows[i]`` from column ``starts[i]`` on.
+
+        Args:
+            rows: all different.
+            values: one row's after the other's.
+        """
+        if (starts + counts).max() > self.width:
+            row = rows[(starts + counts).argmax()]
+            raise ValueError(f"row {row} would need more than {self.width} columns")
+        firsts = rows * self.width + starts - (np.cumsum(counts) - counts)
+        places = np.repeat(firsts, counts) + np.arange(values.size)
+        if self._array is not None:
+            self._array.reshape(-1)[places] = values
+        else:
+            self._places.append(places)
+            self._values.append(values.astype(np.int32))
 
     def flush(self) -> None:
         """Send what was written."""
@@ -97,11 +116,9 @@ class RequestStates:
             self._add(new_row)
         self.tokens.flush()
         self.blocks.flush()
-        for row, block_ids in plan.new_block_ids:
-            num_blocks = int(self.num_blocks[row])
-            self.blocks.write(row, num_blocks, block_ids)
-            self.num_blocks[row] = num_blocks + len(block_ids)
-        self.blocks.flush()
+        if plan.new_block_ids:
+            self._append_blocks(plan.new_block_ids)
+            self.blocks.flush()
         if plan.released_block_ids:
             for row, num_released in plan.released_block_ids:
                 self.blocks.write(row, 0, [0] * num_released)
@@ -126,6 +143,18 @@ class RequestStates:
         """A row's blocks, read from the device: slow, for the rare case."""
         ids: list[int] = self.blocks.tensor[row, : int(self.num_blocks[row])].tolist()
         return ids
+
+    def _append_blocks(self, new_block_ids: Sequence[tuple[int, list[int]]]) -> None:
+        rows_of_plan, block_ids = zip(*new_block_ids, strict=True)
+        if len(set(rows_of_plan)) < len(rows_of_plan):  # a row twice: one after the other
+            for one in new_block_ids:
+                self._append_blocks([one])
+            return
+        rows = np.array(rows_of_plan)
+        counts = np.fromiter(map(len, block_ids), dtype=np.int64, count=rows.size)
+        values = np.fromiter(chain.from_iterable(block_ids), dtype=np.int64, count=counts.sum())
+        self.blocks.append(rows, self.num_blocks[rows], counts, values)
+        self.num_blocks[rows] += counts
 
     def _add(self, new: NewRow) -> None:
         row = new.row

@@ -39,7 +39,7 @@ EDITS = Wish.PENALTIES | Wish.BIAS | Wish.ALLOWED | Wish.BAD_WORDS | Wish.MIN_TO
 # Without any of these a row is the argmax of its raw logits. A plain number: it is used per step.
 DRAWN = int(EDITS | Wish.RANDOM | Wish.FILTERS)
 # With any of these a row takes more than a forward pass and a draw.
-MORE_THAN_DRAWN = EDITS | Wish.LOGPROBS | Wish.PROCESSORS
+MORE_THAN_DRAWN = int(EDITS | Wish.LOGPROBS | Wish.PROCESSORS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +117,9 @@ class SamplingStates:
         """Every wish that one of these rows has."""
         return int(np.bitwise_or.reduce(self.flags[rows]))
 
-    def rows_with(self, rows: Array, wish: Wish) -> Array:
-        """Which places of ``rows`` hold a row with this wish."""
-        return np.flatnonzero(self.flags[rows] & wish)
+    def rows_with(self, rows: Array, wishes: int) -> Array:
+        """Which places of ``rows`` hold a row with any of these wishes."""
+        return np.flatnonzero(self.flags[rows] & wishes)
 
     def flush(self) -> None:
         """Send what rows brought; until then the device has what it had."""

@@ -1,8 +1,11 @@
-"""What a worker process settles before torch is there."""
+"""What a worker process settles before torch is there, and what its loop does between messages."""
+
+from typing import Any
 
 import pytest
 
-from executor.__main__ import limit_spinning
+from executor.__main__ import IDLE_S, PAUSE_S, _serve, limit_spinning
+from ipc.messages import SchedulerOutput, Shutdown
 
 
 @pytest.mark.parametrize(
@@ -18,3 +21,49 @@ def test_threads_spin_for_a_short_time_unless_the_user_decided(
 ) -> None:
     limit_spinning(given)
     assert given == expected
+
+
+class ScriptedChannel:
+    """Hands out messages, None for a time-out, and notes how long it would have waited."""
+
+    def __init__(self, *messages: object) -> None:
+        self.messages = list(messages)
+        self.timeouts: list[float | None] = []
+
+    def receive(self, timeout_s: float | None) -> tuple[Any, list[Any]] | None:
+        self.timeouts.append(timeout_s)
+        message = self.messages.pop(0)
+        return None if message is None else (message, [])
+
+
+class WorkerWithIdleWork:
+    """Has a few things to do while nobody waits."""
+
+    def __init__(self, num_things: int) -> None:
+        self.num_things = num_things
+        self.num_steps = 0
+
+    def do_idle_work(self) -> bool:
+        self.num_things -= 1
+        return self.num_things >= 0
+
+    def execute(self, plan: SchedulerOutput, frames: object) -> None:
+        self.num_steps += 1
+
+
+class NoAnswers:
+    """Takes steps and tells nobody."""
+
+    def put(self, step: Any) -> None:
+        pass
+
+
+def test_idle_moments_are_for_what_can_wait_and_messages_come_first() -> None:
+    worker = WorkerWithIdleWork(3)
+    step = SchedulerOutput(step_id=0, rows=[], num_new_tokens=[])
+    channel = ScriptedChannel(None, None, step, None, None, None, Shutdown())
+
+    _serve(worker, channel, NoAnswers())  # type: ignore[arg-type]
+
+    assert worker.num_steps == 1
+    assert channel.timeouts == [PAUSE_S, 0.0, 0.0, PAUSE_S, 0.0, IDLE_S, None]

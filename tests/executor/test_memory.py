@@ -11,6 +11,7 @@ from executor.memory import (
     Need,
     activation_bytes,
     check_swap_space,
+    graph_temporaries_bytes,
     plan_cpu_blocks,
     plan_gpu_blocks,
     plan_swap_blocks,
@@ -18,6 +19,7 @@ from executor.memory import (
 from executor.model_config import ModelShape
 from ipc.config import CacheConfig
 from ipc.errors import ConfigError
+from tests.executor.configs import HF_CONFIG
 
 MIB = 2**20
 
@@ -41,6 +43,33 @@ def test_a_gpu_gives_the_cache_what_the_share_leaves() -> None:
     )
 
     assert num_blocks == (40 - 16 - 2 - 1) * 1024
+
+
+def test_recorded_steps_come_out_of_the_share() -> None:
+    config = CacheConfig(gpu_memory_utilization=0.5)
+
+    plain, recorded = (
+        plan_gpu_blocks(make_memory(graphs=size * GIB), config, make_need()) for size in (0, 3)
+    )
+    crowded = plan_gpu_blocks(make_memory(free=30 * GIB, graphs=3 * GIB), config, make_need())
+
+    assert plain - recorded == 3 * 1024
+    assert crowded == min(recorded, (30 - 2 - 3) * 1024)
+    with pytest.raises(ConfigError, match=r"recorded steps +30\.00 GiB"):
+        plan_gpu_blocks(make_memory(graphs=30 * GIB), config, make_need())
+
+
+def test_temporaries_of_recorded_steps_grow_with_tokens_and_with_logits() -> None:
+    shape = ModelShape.from_hf(HF_CONFIG, max_model_len=64)
+    sizes = {"tp_size": 1, "max_tokens": 512, "max_requests": 4, "item_size": 2}
+
+    few, tokens, requests = (
+        graph_temporaries_bytes(shape, **(sizes | changes))
+        for changes in ({}, {"max_tokens": 50_000}, {"max_requests": 50_000})
+    )
+
+    assert tokens > few + 49_000 * 8 * shape.hidden_size
+    assert requests > few + 49_000 * 6 * shape.vocab_size
 
 
 def test_two_instances_share_a_gpu_and_none_takes_what_is_not_free() -> None:

@@ -44,6 +44,27 @@ def test_blocks_are_appended_and_released_from_the_front() -> None:
     assert states.block_ids(0) == [0, 0, 4, 5]
 
 
+def test_many_rows_get_blocks_at_once() -> None:
+    states = make_states()
+    new_rows = [make_new_row(row, [1], block_ids=list(range(row + 1))) for row in range(3)]
+    states.apply(make_plan([], new_rows=new_rows))
+
+    states.apply(make_plan([], new_block_ids=[(2, [30]), (0, [31, 32]), (1, [33])]))
+
+    assert [states.block_ids(row) for row in range(3)] == [[0, 31, 32], [0, 1, 33], [0, 1, 2, 30]]
+    width = states.blocks.width
+    with pytest.raises(ValueError, match=f"row 1 would need more than {width} columns"):
+        states.apply(make_plan([], new_block_ids=[(0, [1]), (1, [2] * width)]))
+
+
+def test_padding_is_a_greedy_row_of_the_null_block() -> None:
+    states = make_states(max_num_seqs=3)
+
+    assert states.padding_row == 3
+    assert not states.blocks.tensor[3].any()
+    assert states.sampling.tables.floats[0, 3] == 0.0
+
+
 def test_the_next_owner_of_a_row_inherits_nothing() -> None:
     states = make_states()
     params = RowParams(seed=9, temperature=0.5, num_logprobs=3, logit_bias=[(1, 1.0)])
