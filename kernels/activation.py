@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import dependent_launch
+
 SILU, GELU, GELU_TANH = 0, 1, 2  # the kernel's constants; see ``_act``
 _BLOCK_I = 1024
 
@@ -68,8 +70,15 @@ def gated_triton(x: Tensor, activation: int) -> Tensor:
     if y.numel() == 0:
         return y
     block = min(_BLOCK_I, triton.next_power_of_2(I))
-    grid = (T, triton.cdiv(I, block))
-    _gated_kernel[grid](x, y, I, ACTIVATION=activation, BLOCK_I=block, num_warps=4)
+    _gated_kernel[(T, triton.cdiv(I, block))](
+        x,
+        y,
+        I,
+        ACTIVATION=activation,
+        BLOCK_I=block,
+        num_warps=max(1, block // 256),  # a thread holds 8 values of bfloat16: one load
+        **dependent_launch.options(),
+    )
     return y
 
 
@@ -90,7 +99,17 @@ def _act(x, ACTIVATION: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _gated_kernel(x_ptr, y_ptr, I, ACTIVATION: tl.constexpr, BLOCK_I: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: E741
+def _gated_kernel(  # type: ignore[no-untyped-def]
+    x_ptr,
+    y_ptr,
+    I,  # noqa: E741
+    ACTIVATION: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0).to(tl.int64)  # int64: T * 2I may pass 2**31
     cols = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
     mask = cols < I

@@ -26,6 +26,11 @@ def is_on() -> bool:
     return _switch["on"] and not knobs.runtime.interpret and _target_arch() >= _FIRST_ARCH
 
 
+def options() -> dict[str, bool]:
+    """What a launch passes on: the kernel's ``PDL`` constant, and the request itself."""
+    return {"PDL": True, "launch_pdl": True} if is_on() else {"PDL": False}
+
+
 @functools.cache
 def _target_arch() -> int:
     return int(driver.active.get_current_target().arch)

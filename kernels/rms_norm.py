@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import dependent_launch
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, weight_offset: float = 0.0) -> Tensor:
     """Return the norm of ``x``, contiguous and in x's dtype.
@@ -117,27 +119,28 @@ def _eps_tensor(eps: float) -> Tensor:
 
 
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, weight_offset: float) -> Tensor:
-    """Launch the kernel: one program a row."""
+    """Launch the kernel: one program for a long row, or for several short ones."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     H = x.shape[-1]
     if y.numel() == 0:
         return y
-    inner = x.shape[-2] if x.ndim == 3 else 1
-    outer_stride = x.stride(0) if x.ndim > 1 else 0
-    inner_stride = x.stride(1) if x.ndim == 3 else 0
-    block_h = triton.next_power_of_2(H)
-    _rms_norm_kernel[(y.numel() // H,)](
+    R = y.numel() // H
+    rows, num_warps = _shape_of_program(R, H)
+    _rms_norm_kernel[(triton.cdiv(R, rows),)](
         x,
         weight,
         y,
+        R,
         H,
-        inner,
-        outer_stride,
-        inner_stride,
+        x.shape[-2] if x.ndim == 3 else 1,
+        x.stride(0) if x.ndim > 1 else 0,
+        x.stride(1) if x.ndim == 3 else 0,
         eps,
         weight_offset,
-        BLOCK_H=block_h,
-        num_warps=_num_warps(block_h),
+        ROWS=rows,
+        BLOCK_H=triton.next_power_of_2(H),
+        num_warps=num_warps,
+        **dependent_launch.options(),
     )
     return y
 
@@ -145,73 +148,94 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, weight_offset: float)
 def fused_add_rms_norm_triton(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float
 ) -> tuple[Tensor, Tensor]:
-    """Launch the fused kernel: one program a row."""
+    """Launch the fused kernel: one program for a long row, or for several short ones."""
     y, h = torch.empty_like(x), torch.empty_like(x)
     H = x.shape[-1]
     if x.numel() == 0:
         return y, h
-    block_h = triton.next_power_of_2(H)
-    _fused_add_rms_norm_kernel[(x.numel() // H,)](
+    R = x.numel() // H
+    rows, num_warps = _shape_of_program(R, H)
+    _fused_add_rms_norm_kernel[(triton.cdiv(R, rows),)](
         x,
         residual,
         weight,
         y,
         h,
+        R,
         H,
         eps,
         weight_offset,
-        BLOCK_H=block_h,
-        num_warps=_num_warps(block_h),
+        ROWS=rows,
+        BLOCK_H=triton.next_power_of_2(H),
+        num_warps=num_warps,
+        **dependent_launch.options(),
     )
     return y, h
 
 
-def _num_warps(block_h: int) -> int:
-    """Enough warps that a thread holds at most 16 values of a row."""
-    return min(16, max(1, block_h // 512))
+def _shape_of_program(R: int, H: int) -> tuple[int, int]:
+    """Rows and warps of a program: a thread holds 8 values of bfloat16, which is one load."""
+    block_h = triton.next_power_of_2(H)
+    rows = max(1, 1024 // block_h) if R > 256 else 1
+    return rows, min(16, max(1, rows * block_h // 256))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _rms_norm_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     weight_ptr,
     y_ptr,
+    R,
     H,
     inner,
     outer_stride,
     inner_stride,
     eps,
     weight_offset,
+    ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)  # int64: rows * H may pass 2**31
-    cols = tl.arange(0, BLOCK_H)
-    mask = cols < H
+    # int64: rows * H may pass 2**31
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
+    cols = tl.arange(0, BLOCK_H)[None, :]
+    mask = (row < R) & (cols < H)
+    weight = tl.load(weight_ptr + cols, cols < H, other=0.0).to(tl.float32) + weight_offset
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     x_row = x_ptr + (row // inner) * outer_stride + (row % inner) * inner_stride
     x = tl.load(x_row + cols, mask, other=0.0).to(tl.float32)
-    inv_rms = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / H + eps)
-    weight = tl.load(weight_ptr + cols, mask, other=0.0).to(tl.float32) + weight_offset
+    inv_rms = 1.0 / tl.sqrt(tl.sum(x * x, axis=1)[:, None] / H + eps)
     tl.store(y_ptr + row * H + cols, x * inv_rms * weight, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _fused_add_rms_norm_kernel(  # type: ignore[no-untyped-def]
     x_ptr,
     residual_ptr,
     weight_ptr,
     y_ptr,
     h_ptr,
+    R,
     H,
     eps,
     weight_offset,
+    ROWS: tl.constexpr,
     BLOCK_H: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64) * H  # int64: rows * H may pass 2**31
-    cols = tl.arange(0, BLOCK_H)
-    mask = cols < H
-    h = tl.load(x_ptr + row + cols, mask, other=0.0).to(tl.float32)
-    h += tl.load(residual_ptr + row + cols, mask, other=0.0).to(tl.float32)
-    inv_rms = 1.0 / tl.sqrt(tl.sum(h * h, axis=0) / H + eps)
-    weight = tl.load(weight_ptr + cols, mask, other=0.0).to(tl.float32) + weight_offset
-    tl.store(y_ptr + row + cols, h * inv_rms * weight, mask)
-    tl.store(h_ptr + row + cols, h, mask)
+    # int64: rows * H may pass 2**31
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS))[:, None].to(tl.int64)
+    cols = tl.arange(0, BLOCK_H)[None, :]
+    mask = (row < R) & (cols < H)
+    weight = tl.load(weight_ptr + cols, cols < H, other=0.0).to(tl.float32) + weight_offset
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    at = row * H + cols
+    h = tl.load(x_ptr + at, mask, other=0.0).to(tl.float32)
+    h += tl.load(residual_ptr + at, mask, other=0.0).to(tl.float32)
+    inv_rms = 1.0 / tl.sqrt(tl.sum(h * h, axis=1)[:, None] / H + eps)
+    tl.store(y_ptr + at, h * inv_rms * weight, mask)
+    tl.store(h_ptr + at, h, mask)

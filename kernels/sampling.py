@@ -142,9 +142,7 @@ def sample_triton(logits: Tensor, rows: Rows, any_filter: bool) -> Sampled:
     num_chunks = triton.cdiv(V, chunk)
     best = torch.empty((B, num_chunks), dtype=torch.float32, device=device)
     best_ids = torch.empty((B, num_chunks), dtype=torch.int32, device=device)
-    options = {"PDL": dependent_launch.is_on(), "FILTER": any_filter}
-    if dependent_launch.is_on():
-        options["launch_pdl"] = True
+    options = dependent_launch.options() | {"FILTER": any_filter}
     _draw_kernel[(B, num_chunks)](
         logits,
         rows.temperature,

@@ -97,6 +97,7 @@ def _draw(logits: _Floats, draws: _Draws, any_filter: bool) -> npt.NDArray[np.in
     can_win = x >= floor[:, None]
     # A row's own loop is worth its overhead where a list of its tokens would be long.
     is_dense = can_win.sum(axis=1) > max(_LONG_LIST, x.shape[1] // 8)
+    is_dense |= ~(largest > -np.inf)  # bad rows, as a list cannot be empty
     token_ids = np.empty(len(x), dtype=np.int64)
     for row in np.flatnonzero(is_dense):
         noisy = x[row] + _noise_of(draws.keys[:, [row]], np.arange(x.shape[1], dtype=np.uint32))

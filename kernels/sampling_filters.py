@@ -54,9 +54,7 @@ def apply_filters_triton(logits: Tensor, rows: Rows, token_ids: Tensor, is_bad: 
     found = torch.empty((B, _MAX_FOUND), dtype=torch.float32, device=device)
     found_ids = torch.empty((B, _MAX_FOUND), dtype=torch.int32, device=device)
     filters = (rows.temperature, rows.top_k, rows.top_p, rows.min_p)
-    options = {"PDL": dependent_launch.is_on()}
-    if dependent_launch.is_on():
-        options["launch_pdl"] = True
+    options = dependent_launch.options()
     _scan_kernel[(B, num_chunks)](
         logits,
         *filters,

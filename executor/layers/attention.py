@@ -12,6 +12,7 @@ from executor.layers.linear import LayerFactory, QKVParallelLinear, RowParallelL
 from executor.layers.rotary import RotaryStep
 from executor.model_config import ModelShape
 from kernels.paged_attention import paged_attention
+from kernels.qkv_rope_store import HeadNorm, PagedCache, qkv_rope_store
 from kernels.store_kv_cache import store_kv_cache
 
 
@@ -45,6 +46,10 @@ class PagedAttention(nn.Module):
             kv_cache: this layer's blocks, written in place at ``meta.slot_mapping``.
         """
         store_kv_cache(k, v, kv_cache.key, kv_cache.value, meta.slot_mapping)
+        return self.attend_stored(q, kv_cache, meta)
+
+    def attend_stored(self, q: Tensor, kv_cache: LayerKVCache, meta: AttentionMetadata) -> Tensor:
+        """The same where this step's keys and values are in ``kv_cache`` already."""
         out = paged_attention(
             q,
             kv_cache.key,
@@ -121,7 +126,11 @@ class Attention(nn.Module):
         Args:
             rotary: None where positions are learned, and already added to ``hidden``.
         """
-        qkv = self.qkv_proj.forward(hidden).view(hidden.shape[0], -1, self.head_dim)
+        qkv = self.qkv_proj.forward(hidden)
+        if qkv.is_cuda:
+            q = self._store(qkv, rotary, kv_cache, meta)
+            return self.o_proj.forward(self.attend.attend_stored(q, kv_cache, meta))
+        qkv = qkv.view(hidden.shape[0], -1, self.head_dim)
         num_heads, num_kv_heads = self.attend.num_heads, self.attend.num_kv_heads
         qk, v = qkv[:, : num_heads + num_kv_heads], qkv[:, num_heads + num_kv_heads :]
         q, k = qk[:, :num_heads], qk[:, num_heads:]
@@ -132,3 +141,23 @@ class Attention(nn.Module):
         elif rotary is not None:
             q, k = rotary.rotate(qk, num_heads)
         return self.o_proj.forward(self.attend.forward(q, k, v, kv_cache, meta))
+
+    def _store(
+        self,
+        qkv: Tensor,
+        rotary: RotaryStep | None,
+        kv_cache: LayerKVCache,
+        meta: AttentionMetadata,
+    ) -> Tensor:
+        """Norm, rotation and store in one launch; returns the queries [T, N, D]."""
+        norm = None
+        if self.q_norm is not None and self.k_norm is not None:
+            q_norm, k_norm = self.q_norm, self.k_norm
+            norm = HeadNorm(q_norm.weight, k_norm.weight, q_norm.eps, q_norm.weight_offset)
+        return qkv_rope_store(
+            qkv,
+            self.attend.num_heads,
+            PagedCache(kv_cache.key, kv_cache.value, meta.slot_mapping),
+            norm=norm,
+            rotation=None if rotary is None else rotary.rotation,
+        )

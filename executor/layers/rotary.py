@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from executor.model_config import RopeShape
+from kernels.qkv_rope_store import Rotation
 from kernels.rotary import apply_rotary, rotate_heads, widen_tables
 
 
@@ -46,6 +47,12 @@ class RotaryStep(NamedTuple):
         if self.positions is None:
             return rotate_heads(q, self.cos, self.sin), rotate_heads(k, self.cos, self.sin)
         return apply_rotary(q, k, self.cos, self.sin, self.positions)
+
+    @property
+    def rotation(self) -> Rotation:
+        """The same for the kernel that looks the rows up itself."""
+        assert self.positions is not None, "the rows were gathered"
+        return Rotation(self.cos, self.sin, self.positions)
 
 
 class RotaryEmbedding(nn.Module):

@@ -15,14 +15,19 @@ import torch
 from kernels import activation, gumbel, logits, logprobs, rms_norm, rotary, sampling
 from kernels.attention_step import Options
 from kernels.paged_attention import paged_attention, paged_attention_reference
+from kernels.qkv_rope_store import qkv_rope_store, qkv_rope_store_reference
 from kernels.store_kv_cache import store_kv_cache, store_kv_cache_reference
 from tests.kernels.cases import (
     DTYPES,
     FILTERS,
+    QKV_SHAPES,
     AttentionInputs,
     assert_close,
     attention_inputs,
     filter_logits,
+    make_cache,
+    make_head_norm,
+    make_rotation,
     packed_qkv,
     random,
     sampling_rows,
@@ -117,6 +122,40 @@ def test_rotary(dtype: torch.dtype, interleaved: bool, head_dim: int, half: int,
     expected = rotary.apply_rotary_reference(q.cpu(), k.cpu(), cos, sin, positions, interleaved)
     assert_close(turned[0].cpu(), expected[0])
     assert_close(turned[1].cpu(), expected[1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("T", "N", "K", "D", "half"),
+    [*QKV_SHAPES, (300, 32, 8, 128, 64), (700, 16, 8, 128, 64), (65, 8, 4, 256, 128)],
+)
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_qkv_rope_store(
+    dtype: torch.dtype,
+    T: int,
+    N: int,
+    K: int,
+    D: int,
+    half: int,
+    has_norm: bool,
+    interleaved: bool,
+) -> None:
+    qkv = random(T, (N + 2 * K) * D, dtype=dtype)
+    norms = [make_head_norm(D, dtype, device) if has_norm else None for device in ("cuda", "cpu")]
+    rotations = [make_rotation(T, half, device) if half else None for device in ("cuda", "cpu")]
+    rotations = [r and r._replace(interleaved=interleaved) for r in rotations]
+    caches = [make_cache(T, K, D, dtype, device) for device in ("cuda", "cpu")]
+    on_gpu = qkv.cuda()
+
+    q = without_waiting(
+        lambda: qkv_rope_store(on_gpu, N, caches[0], norm=norms[0], rotation=rotations[0])
+    )
+
+    expected = qkv_rope_store_reference(qkv, N, caches[1], norms[1], rotations[1])
+    assert_close(q.cpu(), expected)
+    assert_close(caches[0].key.cpu(), caches[1].key)
+    assert caches[0].value.cpu().equal(caches[1].value)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

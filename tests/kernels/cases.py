@@ -1,9 +1,11 @@
 """Inputs for kernel tests, on any device: a few odd shapes, and how close results must be."""
 
+import pytest
 import torch
 from torch import Tensor
 
 from kernels.attention_step import Step
+from kernels.qkv_rope_store import HeadNorm, PagedCache, Rotation
 from kernels.sampling_cpu import Rows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -113,3 +115,35 @@ def filter_logits(vocab_size: int, device: str = "cpu") -> Tensor:
     logits[6] = 1.0
     logits[11] = logits[11].round()
     return logits.to(device)
+
+
+# T tokens, N query heads, K key heads, head size, and half of what turns of a head.
+QKV_SHAPES = [
+    pytest.param(3, 4, 2, 64, 32, id="all of the head turns"),
+    pytest.param(70, 5, 1, 32, 16, id="many tokens"),
+    pytest.param(2, 3, 1, 80, 16, id="part of the head turns"),
+    pytest.param(1, 5, 2, 96, 36, id="odd part"),
+    pytest.param(4, 6, 6, 40, 0, id="nothing turns"),
+    pytest.param(0, 2, 2, 16, 8, id="no token"),
+]
+
+
+def make_rotation(T: int, half: int, device: str = "cpu") -> Rotation:
+    """Tables of 100 positions, and tokens scattered over them."""
+    angles = torch.arange(100).unsqueeze(1) * 0.5 ** torch.arange(half)
+    positions = torch.arange(T) * 13 % 100
+    return Rotation(angles.cos().to(device), angles.sin().to(device), positions.to(device))
+
+
+def make_head_norm(D: int, dtype: torch.dtype, device: str = "cpu") -> HeadNorm:
+    """Weights counted from one."""
+    q_weight, k_weight = (random(D, dtype=dtype, device=device, seed=i) for i in (1, 2))
+    return HeadNorm(q_weight, k_weight, 1e-6, 1.0)
+
+
+def make_cache(T: int, K: int, D: int, dtype: torch.dtype, device: str = "cpu") -> PagedCache:
+    """Zeros in blocks of 16, the first of them the null block, and a place for each token."""
+    num_blocks = 2 + -(-T // 16)
+    key, value = (torch.zeros(num_blocks, 16, K, D, dtype=dtype, device=device) for _ in range(2))
+    slots = torch.arange(16, num_blocks * 16).flip(0)[:T].contiguous()
+    return PagedCache(key, value, slots.to(device))

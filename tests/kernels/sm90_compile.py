@@ -22,6 +22,7 @@ from kernels import (
     logprobs,
     paged_attention,
     prepare_inputs,
+    qkv_rope_store,
     rms_norm,
     rotary,
     sampling,
@@ -31,6 +32,7 @@ from kernels import (
 )
 from kernels.attention_step import Options, Step, StepMemo
 from kernels.sampling_cpu import Rows
+from tests.kernels.cases import make_cache, make_head_norm, make_rotation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -79,12 +81,24 @@ def compile_elementwise(dtype: torch.dtype) -> None:
         activation.gated_triton(x, act)
     q, cos = torch.zeros(3, 4, 64, dtype=dtype), torch.zeros(10, 32)
     positions = torch.zeros(3, dtype=torch.int64)
+    compile_qkv(dtype)
     for interleaved in (False, True):
         for half in (32, 16):
             table = cos[:, :half].contiguous()
             rotary.apply_rotary_triton(q, q, table, table, positions, interleaved)
     cache = torch.zeros(2, 16, 4, 64, dtype=dtype)
     store_kv_cache.store_kv_cache_triton(q, q, cache, cache, positions)
+
+
+def compile_qkv(dtype: torch.dtype) -> None:
+    for D, half in ((64, 32), (80, 16), (128, 64)):
+        cache, norm = make_cache(70, 2, D, dtype), make_head_norm(D, dtype)
+        for T in (1, 70):
+            qkv, rotation = torch.zeros(T, 8 * D, dtype=dtype), make_rotation(T, half)
+            here = cache._replace(slot_mapping=cache.slot_mapping[:T])
+            qkv_rope_store.qkv_rope_store_triton(qkv, 4, here, norm, rotation)
+            qkv_rope_store.qkv_rope_store_triton(qkv, 4, here, None, rotation)
+            qkv_rope_store.qkv_rope_store_triton(qkv, 4, here, None, None)
 
 
 def compile_attention(dtype: torch.dtype, head_dim: int, options: Options) -> None:

@@ -22,6 +22,7 @@ KERNELS = {
     "_plan_kernel",
     "_prefill_kernel",
     "_prepare_kernel",
+    "_qkv_kernel",
     "_rank_kernel",
     "_rms_norm_kernel",
     "_rotary_kernel",
