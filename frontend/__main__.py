@@ -3,8 +3,9 @@
 import argparse
 import logging
 import os
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,16 +13,20 @@ from typing import TYPE_CHECKING
 from frontend.console import report, set_up_logging
 from frontend.engine_args import AsyncEngineArgs
 from frontend.model_files import choose_model
-from frontend.openai.server import check_certificates, run
+from frontend.openai.api_processes import ApiProcess, hold_port, serve_with_processes, spawn
+from frontend.openai.server import ListenOptions, bind, check_certificates, run
 from frontend.openai.server_args import (
     listen_options,
     make_parser,
     server_options,
 )
+from frontend.shared_metrics import MetricsExchange
 from frontend.stat_loggers import PrometheusStatLogger
 from frontend.usage_context import UsageContext
+from ipc.addresses import make_ipc_directory
 from ipc.curve import load_client_keys
 from ipc.errors import EngineError
+from ipc.processes import die_with
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -41,6 +46,10 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m frontend") ->
         options = server_options(args, os.environ)
         listen = listen_options(args)
         check_certificates(listen)
+        if args.api_server_count > 1:
+            return run_api_processes(sys.argv[1:] if argv is None else argv, args, listen)
+        if args.death_fd is not None:
+            die_with(args.death_fd)
         return run(partial(make_engine, args), options, listen)
     except EngineError as err:
         return report(err)
@@ -54,8 +63,14 @@ def make_engine(args: argparse.Namespace, metrics: "CollectorRegistry") -> "Asyn
     """
     from frontend.async_llm import AsyncLLM
 
-    vllm_names = not args.disable_vllm_metric_names
-    loggers = [partial(PrometheusStatLogger, registry=metrics, vllm_names=vllm_names)]
+    loggers = [
+        partial(
+            PrometheusStatLogger,
+            registry=metrics,
+            vllm_names=not args.disable_vllm_metric_names,
+            exchange=None if args.shared_metrics is None else MetricsExchange(args.shared_metrics),
+        )
+    ]
     if args.attach is None:
         return AsyncLLM.from_engine_args(
             AsyncEngineArgs.from_cli_args(args),
@@ -71,6 +86,37 @@ def make_engine(args: argparse.Namespace, metrics: "CollectorRegistry") -> "Asyn
         log_requests=not args.disable_log_requests,
         max_log_len=args.max_log_len,
     )
+
+
+def run_api_processes(argv: Sequence[str], args: argparse.Namespace, listen: ListenOptions) -> int:
+    """Serve with several processes like this one, which only looks after them; the exit code.
+
+    Raises:
+        EngineError: the start failed; nothing is left behind.
+    """
+    from frontend.engine_setup import assemble_config
+
+    config = None
+    if args.attach is None:
+        engine_args = AsyncEngineArgs.from_cli_args(args)
+        draft = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)
+        config = assemble_config(draft, {})
+    directory = make_ipc_directory()
+    holder = hold_port(bind(listen))
+    own_flags = ["--api-server-count", "1", "--port", str(holder.getsockname()[1])]
+    own_flags += ["--shared-metrics", str(directory)]
+
+    def make_start(address: str | None) -> Callable[[], ApiProcess]:
+        attached = [] if address is None else ["--attach", address]
+        return partial(spawn, [*argv, *own_flags, *attached])
+
+    try:
+        return serve_with_processes(
+            config, make_start, args.api_server_count, args.shutdown_timeout
+        )
+    finally:
+        holder.close()
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -173,7 +173,6 @@ class AsyncSession:
         self._stat_loggers = stat_loggers
         self._pool = pool
         self._streams: dict[str, StreamRecord] = {}  # by req_id
-        self._max_open = limits.max_num_seqs + limits.max_waiting_requests
         self._news: list[StreamRecord] = []  # whose listeners are to be told in a moment
         self._drains: list[tuple[list[str], asyncio.Future[None]]] = []  # req_ids waited for
         self._thread: ThreadPoolExecutor | None = None  # made with the first slow task
@@ -331,9 +330,11 @@ class AsyncSession:
     def _check_can_open(self, new: NewRequest) -> None:
         self._check_alive()
         self.outputs.check_is_free(new.request_id)
-        if len(self._streams) >= self._max_open:
+        limits = self._client.welcome.limits
+        max_open = limits.max_num_seqs + limits.max_waiting_requests
+        if len(self._streams) >= max_open:
             raise EngineOverloadedError(
-                f"{len(self._streams)} requests are in flight, at most {self._max_open}"
+                f"{len(self._streams)} requests are in flight, at most {max_open}"
             )
 
     def _check_alive(self) -> None:

@@ -38,7 +38,7 @@ _TICK_S = 1.0
 _SLOW_TICK_S = 10.0  # where nothing but messages that could not leave needs a look
 _HANDSHAKE_TICK_S = 0.05  # a connection that comes about does not always wake us
 _LAST_WORDS_S = 0.05  # for what a dead core sent before it died
-_MAX_MESSAGES_PER_TURN = 64  # then other tasks of the event loop get theirs
+_MAX_TURN_S = 0.01  # of taking in messages, then other tasks of the event loop get theirs
 _INPROC_PEER = b"inproc"
 
 OnMessage = Callable[[CoreToFrontend, Frames], None]
@@ -377,8 +377,9 @@ class AsyncCoreClient:
     def _drain(self) -> None:
         self._is_drain_due = False
         link = self._engine.link
+        ends_s = time.monotonic() + _MAX_TURN_S
         try:
-            for _ in range(_MAX_MESSAGES_PER_TURN):
+            while time.monotonic() < ends_s:
                 if self._dead is not None:
                     return
                 received = link.receive()

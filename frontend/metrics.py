@@ -8,7 +8,7 @@ so their number is bounded.
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -23,6 +23,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
+from frontend.shared_metrics import MetricsExchange, Numbers, Observations, merge
 from frontend.stat_loggers import (
     FinishedRequestStats,
     IterationStats,
@@ -70,10 +71,15 @@ class Histogram:
             self.counts[bisect_left(self.bounds, value)] += times
             self.sum += value * times
 
-    def cumulative(self) -> list[tuple[str, float]]:
-        """(upper end, how many are at most that), as Prometheus wants them."""
+    def cumulative(self, counts: Sequence[int] | None = None) -> list[tuple[str, float]]:
+        """(upper end, how many are at most that), as Prometheus wants them.
+
+        Args:
+            counts: of a histogram with these bounds, where not of this one.
+        """
         ends = [*map(str, self.bounds), "+Inf"]
-        return list(zip(ends, map(float, accumulate(self.counts)), strict=True))
+        counts = self.counts if counts is None else counts
+        return list(zip(ends, map(float, accumulate(counts)), strict=True))
 
 
 @dataclass(slots=True)
@@ -119,7 +125,11 @@ class Counters:
 
 
 class EngineMetrics:
-    """All numbers of one engine; a collector that a registry asks at each scrape."""
+    """All numbers of one engine; a collector that a registry asks at each scrape.
+
+    Args:
+        exchange: the way to the numbers of other API processes, where a scrape shows all of them.
+    """
 
     def __init__(
         self,
@@ -127,7 +137,11 @@ class EngineMetrics:
         *,
         vllm_names: bool = True,
         clock: Callable[[], float] = time.monotonic,
+        exchange: MetricsExchange | None = None,
     ) -> None:
+        self._clock = clock
+        self._exchange = exchange
+        self._stats_s = clock()
         self._prefixes = (OUR_PREFIX, VLLM_PREFIX) if vllm_names else (OUR_PREFIX,)
         self._model_name = config.model_config.served_names[0]
         self._cache_config = config.cache_config
@@ -155,16 +169,42 @@ class EngineMetrics:
             observe_gap(seconds, times)  # streams of one step mostly have the same gap
         for request in iteration.finished:
             self._record_finished(request)
+        if self._exchange is not None:
+            self._exchange.publish_soon(self.numbers)
+
+    def close(self) -> None:
+        """Leave the last numbers for those who go on."""
+        if self._exchange is not None:
+            self._exchange.publish(self.numbers())
+
+    def numbers(self) -> Numbers:
+        """What this process knows, now."""
+        counters = asdict(self._counters)
+        return Numbers(
+            written_s=self._clock(),
+            stats=self._stats,
+            stats_s=self._stats_s,
+            finished=counters.pop("request_success"),
+            counters=counters,
+            rates={
+                "prompt": self._prompt_rate.update(),
+                "generation": self._generation_rate.update(),
+            },
+            histograms={name: (h.counts, h.sum) for name, h in self._histograms.items()},
+        )
 
     def collect(self) -> Iterator[Metric]:
         """Every metric family, under each prefix."""
+        numbers = self.numbers()
+        if self._exchange is not None:
+            numbers = merge([numbers, *self._exchange.read_others()])
         for prefix in self._prefixes:
-            yield from self._gauges(prefix)
-            yield from self._counter_families(prefix)
-            for name, histogram in self._histograms.items():
+            yield from self._gauges(prefix, numbers)
+            yield from self._counter_families(prefix, numbers)
+            for name, observations in numbers.histograms.items():
                 for alias in _HISTOGRAM_ALIASES.get(name, (name,)):
-                    yield self._histogram_family(prefix + alias, name, histogram)
-            yield self._cache_info(prefix)
+                    yield self._histogram_family(prefix + alias, name, observations)
+            yield self._cache_info(prefix, numbers.stats)
 
     def _record_stats(self, stats: SchedulerStats) -> None:
         counters, before = self._counters, self._stats
@@ -180,6 +220,7 @@ class EngineMetrics:
         if num_steps:
             self._histograms["iteration_tokens_total"].observe(stats.step_num_tokens)
         self._stats = stats
+        self._stats_s = self._clock()
 
     def _record_finished(self, request: FinishedRequestStats) -> None:
         histograms = self._histograms
@@ -202,8 +243,8 @@ class EngineMetrics:
         ):
             histograms[name].observe(value)
 
-    def _gauges(self, prefix: str) -> Iterator[Metric]:
-        stats = self._stats
+    def _gauges(self, prefix: str, numbers: Numbers) -> Iterator[Metric]:
+        stats = numbers.stats
         gpu_usage = gpu_cache_usage(stats)
         values = {
             "num_requests_running": ("Requests in the running batch", stats.num_running),
@@ -217,11 +258,11 @@ class EngineMetrics:
             ),
             "avg_prompt_throughput_toks_per_s": (
                 "Prompt tokens per second, lately",
-                self._prompt_rate.update(),
+                numbers.rates["prompt"],
             ),
             "avg_generation_throughput_toks_per_s": (
                 "Generated tokens per second, lately",
-                self._generation_rate.update(),
+                numbers.rates["generation"],
             ),
         }
         if prefix == OUR_PREFIX:
@@ -238,31 +279,32 @@ class EngineMetrics:
             family.add_metric((self._model_name,), value)
             yield family
 
-    def _counter_families(self, prefix: str) -> Iterator[Metric]:
-        counters = self._counters
+    def _counter_families(self, prefix: str, numbers: Numbers) -> Iterator[Metric]:
         names = _COUNTERS | (_OUR_COUNTERS if prefix == OUR_PREFIX else {})
         for name, words in names.items():
             family = CounterMetricFamily(prefix + name, words, labels=("model_name",))
-            family.add_metric((self._model_name,), getattr(counters, name))
+            family.add_metric((self._model_name,), numbers.counters[name])
             yield family
         family = CounterMetricFamily(
             prefix + "request_success",
             "Requests that ended, by reason",
             labels=("model_name", "finished_reason"),
         )
-        for reason, count in counters.request_success.items():
+        for reason, count in numbers.finished.items():
             family.add_metric((self._model_name, reason), count)
         yield family
 
-    def _histogram_family(self, full_name: str, name: str, histogram: Histogram) -> Metric:
+    def _histogram_family(self, full_name: str, name: str, observations: Observations) -> Metric:
+        counts, total = observations
+        buckets = self._histograms[name].cumulative(counts)
         family = HistogramMetricFamily(full_name, _HISTOGRAMS[name], labels=("model_name",))
-        family.add_metric((self._model_name,), histogram.cumulative(), histogram.sum)
+        family.add_metric((self._model_name,), buckets, total)
         return family
 
-    def _cache_info(self, prefix: str) -> Metric:
+    def _cache_info(self, prefix: str, stats: SchedulerStats) -> Metric:
         values = asdict(self._cache_config)
-        values["num_gpu_blocks"] = self._stats.num_gpu_blocks or None
-        values["num_cpu_blocks"] = self._stats.num_cpu_blocks or None
+        values["num_gpu_blocks"] = stats.num_gpu_blocks or None
+        values["num_cpu_blocks"] = stats.num_cpu_blocks or None
         family = InfoMetricFamily(
             prefix + "cache_config", "The KV cache's configuration", labels=("model_name",)
         )

@@ -17,6 +17,8 @@ from ipc.messages import FinishReason, SchedulerStats
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
+    from frontend.shared_metrics import MetricsExchange
+
 logger = logging.getLogger(__name__)
 
 LOG_INTERVAL_S = 5.0  # between two lines while the engine steps
@@ -172,12 +174,14 @@ class PrometheusStatLogger:
         *,
         vllm_names: bool = True,
         registry: "CollectorRegistry | None" = None,
+        exchange: "MetricsExchange | None" = None,
     ) -> None:
         """Register the metrics, so that even the first scrape shows them all.
 
         Args:
             vllm_names: export every metric a second time, under vLLM's name.
             registry: where to; None makes a new one.
+            exchange: the way to the numbers of the server's other API processes.
         """
         from prometheus_client import CollectorRegistry
 
@@ -185,7 +189,7 @@ class PrometheusStatLogger:
 
         self.engine_index = engine_index
         self.registry = CollectorRegistry() if registry is None else registry
-        self._metrics = EngineMetrics(config, vllm_names=vllm_names)
+        self._metrics = EngineMetrics(config, vllm_names=vllm_names, exchange=exchange)
         self.registry.register(self._metrics)
 
     def record(self, stats: SchedulerStats | None, iteration: IterationStats) -> None:
@@ -196,7 +200,8 @@ class PrometheusStatLogger:
         """Nothing to do: Prometheus asks."""
 
     def close(self) -> None:
-        """Nothing to do: the last numbers stay readable."""
+        """Leave the last numbers where others read them; here they stay readable anyway."""
+        self._metrics.close()
 
 
 class StatLoggerGroup:

@@ -14,6 +14,7 @@ import ssl
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,7 @@ class ListenOptions:
 
     host: str | None = None  # None: all interfaces
     port: int = 8000
+    shares_port: bool = False  # other API processes of this server listen on it too
     uds: str | None = None
     ssl_keyfile: str | None = None
     ssl_certfile: str | None = None
@@ -66,25 +68,24 @@ def bind(options: ListenOptions) -> socket.socket:
     try:
         if options.uds is not None:
             return _bind_unix(options.uds)
-        return _bind_tcp(options.host, options.port)
+        return _bind_tcp(options.host, options.port, shares_port=options.shares_port)
     except (OSError, OverflowError) as err:
         raise EngineStartError(f"cannot listen on {where}: {err}") from err
 
 
-def _bind_tcp(host: str | None, port: int) -> socket.socket:
+def _bind_tcp(host: str | None, port: int, *, shares_port: bool) -> socket.socket:
+    listen = partial(socket.create_server, backlog=BACKLOG, reuse_port=shares_port)
     if host is None:
         try:
-            return socket.create_server(
-                ("", port), family=socket.AF_INET6, backlog=BACKLOG, dualstack_ipv6=True
-            )
+            return listen(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
         except (OSError, ValueError) as err:  # ValueError: no dual stack on this platform
             if getattr(err, "errno", None) == errno.EADDRINUSE:
                 raise
-        return socket.create_server(("", port), backlog=BACKLOG)  # a host without IPv6
+        return listen(("", port))  # a host without IPv6
     family, _, _, _, address = socket.getaddrinfo(
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )[0]
-    return socket.create_server(address[:2], family=family, backlog=BACKLOG)
+    return listen(address[:2], family=family)
 
 
 def _bind_unix(path: str) -> socket.socket:

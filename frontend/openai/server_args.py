@@ -6,6 +6,7 @@ Everything that can be refused without an engine is refused here, before one is 
 import argparse
 import json
 from collections.abc import Mapping
+from pathlib import Path
 
 from frontend.chat_template import load_template
 from frontend.engine_args import AsyncEngineArgs
@@ -72,6 +73,16 @@ def _add_process_flags(parser: argparse.ArgumentParser) -> None:
         "instead of starting one; the engine flags are then its own",
     )
     add("--attach-keys", metavar="DIR", help="directory of heliograph keys, for a tcp:// engine")
+    add(
+        "--api-server-count",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that answer HTTP on the port, all for one engine; default %(default)s",
+    )
+    # What an API process among several is told by the one that started it.
+    add("--death-fd", type=int, help=argparse.SUPPRESS)
+    add("--shared-metrics", type=Path, metavar="DIR", help=argparse.SUPPRESS)
 
 
 def _add_answer_flags(parser: argparse.ArgumentParser) -> None:
@@ -167,12 +178,19 @@ def listen_options(args: argparse.Namespace) -> ListenOptions:
     """
     if not 0 <= args.port <= 65535:
         raise ConfigError(f"--port must be between 0 and 65535, got {args.port}")
+    if args.api_server_count < 1:
+        raise ConfigError(f"--api-server-count must be at least 1, got {args.api_server_count}")
+    if args.api_server_count > 1 and args.uds is not None:
+        raise ConfigError(
+            "--api-server-count above 1 needs a port: a --uds socket has one listener"
+        )
     cors = CorsOptions(
         args.allow_credentials, args.allowed_origins, args.allowed_methods, args.allowed_headers
     )
     return ListenOptions(
         host=args.host,
         port=args.port,
+        shares_port=args.death_fd is not None,
         uds=args.uds,
         ssl_keyfile=args.ssl_keyfile,
         ssl_certfile=args.ssl_certfile,

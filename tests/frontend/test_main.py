@@ -8,7 +8,7 @@ FLAGS = """
 --host --port --uvicorn-log-level --allow-credentials --allowed-origins --allowed-methods
 --allowed-headers --api-key --lora-modules --chat-template --response-role --ssl-keyfile
 --ssl-certfile --ssl-ca-certs --ssl-cert-reqs --root-path --middleware --engine-use-ray
---disable-log-requests --max-log-len --attach --served-model-name
+--disable-log-requests --max-log-len --attach --served-model-name --api-server-count
 """
 
 

@@ -67,6 +67,10 @@ def test_flags_reach_their_options(tmp_path: Path) -> None:
         pytest.param(["--chat-template", "chat.jinja"], "--chat-template", id="template typo"),
         pytest.param(["--middleware", "os.getcwd"], "--middleware", id="middleware"),
         pytest.param(["--root-path", "llm"], "--root-path", id="root path"),
+        pytest.param(["--api-server-count", "0"], "--api-server-count", id="no API process"),
+        pytest.param(
+            ["--api-server-count", "2", "--uds", "/tmp/s"], "--uds", id="API processes on a path"
+        ),
     ],
 )
 def test_what_cannot_work_is_refused_by_the_flags_name(words: list[str], name: str) -> None:
