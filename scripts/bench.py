@@ -8,6 +8,7 @@ begins with the machine's own limits, measured there and then.
   profile     where the time of a decode step goes
   latency     N requests at once        throughput  everything at once
   serve       a server under load       bus         frontend and core without a model
+  sse         the HTTP path alone: CPU time per token of API process and core
 """
 
 import argparse
@@ -23,6 +24,7 @@ import bench_gpu
 import bench_offline
 import bench_profile
 import bench_report
+import bench_sse
 import bench_workload
 from bench_client import Load
 from bench_limits import measure_limits
@@ -53,6 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
         "gpu": bench_gpu,
         "report": bench_report,
         "profile": bench_profile,
+        "sse": bench_sse,
     }.items():
         command = commands.add_parser(name, description=module.__doc__)
         module.add_arguments(command)
