@@ -32,6 +32,7 @@ from kernels.tuning import skinny_gemm_h200
 _HALF_TYPES = (torch.bfloat16, torch.float16)
 _MAX_TILES = 8192  # tiles of a product whose K is split: one counter each
 _CACHE_LINE = 64  # values
+_FEWEST_DOT_ROWS = 8  # columns of the tensor cores' narrowest product
 
 
 class Tile(NamedTuple):
@@ -169,7 +170,7 @@ def _run(
     y = torch.empty((x.shape[0], num_outputs), dtype=out_dtype, device=x.device)
     per_program = tile.block_n if activation is None else tile.block_n // 2
     options = {
-        "ROWS": triton.next_power_of_2(x.shape[0]),
+        "ROWS": max(_FEWEST_DOT_ROWS if tile.dot else 1, triton.next_power_of_2(x.shape[0])),
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
         "ACTIVATION": activation,

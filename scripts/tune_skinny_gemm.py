@@ -22,12 +22,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from triton.backends.compiler import GPUTarget
+from triton.errors import TritonError
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -83,31 +84,32 @@ class Case(NamedTuple):
 
 
 def vector_tiles(shape: Shape, rows: int) -> Iterator[Tile]:
-    """Candidates without tensor cores, for up to eight rows."""
+    """Candidates without tensor cores, for up to four rows."""
     gate = 2 if shape.kind == "gated" else 1
     sizes = itertools.product((1, 2, 4), (512, 1024, 2048), (2, 4, 8), (1, 3), (0, 1))
     for features, block_k, num_warps, stages, prefetch in sizes:
         block_n = features * gate
         per_thread = block_n * block_k // (32 * num_warps)
-        programs = shape.N // block_n
-        if block_k > shape.K or not 8 <= per_thread <= 64 or per_thread * rows > 128:
+        if block_k > shape.K or not 8 <= per_thread <= 64 or per_thread * rows > 64:
             continue
         if block_k == shape.K and (stages > 1 or prefetch):
             continue  # no second turn
-        if programs < NUM_SMS or (stages > 1 and (prefetch or rows > 1)):
-            continue
-        if rows > 1 and (prefetch or num_warps == 2):
+        if shape.N // block_n < NUM_SMS or (stages > 1 and prefetch):
             continue
         yield Tile(False, block_n, block_k, 1, 1, num_warps, stages, prefetch)
 
 
+# block_n, block_k, slices, warps
+SLICED = ((16, 256, 4, 4), (16, 512, 8, 8), (16, 512, 4, 4), (32, 256, 4, 4), (32, 512, 8, 8))
+WHOLE = ((64, 64, 1, 4), (64, 128, 1, 4), (128, 64, 1, 4), (128, 128, 1, 8), (32, 128, 1, 4))
+
+
 def dot_tiles(shape: Shape, rows: int) -> Iterator[Tile]:
-    """Candidates on tensor cores."""
-    small = [(16, 256, 4, 4), (16, 512, 8, 8), (32, 256, 4, 4), (32, 128, 4, 4), (32, 512, 8, 8)]
-    large = [(64, 64, 1, 4), (64, 128, 1, 4), (128, 64, 1, 4), (128, 128, 1, 8), (32, 128, 1, 4)]
-    shapes = (small if rows <= 64 else []) + (large if rows >= 16 else large[:2])
+    """Candidates on tensor cores, which take at least eight rows."""
+    rows = max(8, rows)
+    blocks = (SLICED if rows <= 32 else ()) + (WHOLE if rows >= 16 else WHOLE[:2])
     for (block_n, block_k, slices, warps), split_k, stages, prefetch in itertools.product(
-        shapes, (1, 2, 4, 8), (3, 4, 6), (0, 2)
+        blocks, (1, 2, 4, 8), (3, 4, 6), (0, 3, 8)
     ):
         tile = Tile(True, block_n, block_k, slices, split_k, warps, stages, prefetch)
         if _dot_fits(shape, rows, tile):
@@ -116,16 +118,21 @@ def dot_tiles(shape: Shape, rows: int) -> Iterator[Tile]:
 
 def _dot_fits(shape: Shape, rows: int, tile: Tile) -> bool:
     programs = -(-shape.N // tile.block_n) * tile.split_k
-    turns = shape.K / (tile.block_k * tile.split_k)
-    shared = (tile.num_stages - 1) * (tile.block_n + rows) * tile.block_k * 2
-    in_flight = shared * min(programs, NUM_SMS * (SHARED_BYTES // max(shared, 1))) / NUM_SMS
-    if shape.K % tile.block_k or turns < 2 or shared > SHARED_BYTES:
+    turns = -(-shape.K // (tile.block_k * tile.split_k))
+    stages = tile.num_stages if tile.slices == 1 else tile.num_stages - 1
+    shared = stages * (tile.block_n + rows) * tile.block_k * 2
+    if shape.K % tile.block_k or turns < 2 or shared > SHARED_BYTES or programs < 48:
         return False
     if tile.split_k > 1 and not NUM_SMS * 0.7 <= programs <= NUM_SMS * 4:
         return False
-    if tile.prefetch and (tile.num_stages == 3 or turns < 3):
+    if tile.num_stages > turns + 1 or (tile.prefetch > turns and tile.prefetch > 3):
         return False
-    return programs >= 48 and (in_flight > 48 * 1024 or turns <= 4)
+    resident = min(programs, NUM_SMS * (SHARED_BYTES // shared)) / NUM_SMS
+    weights = resident * tile.block_n * tile.block_k * 2  # bytes of one turn in an SM
+    depth = min(turns, stages)
+    # Enough under way to cover the memory's latency; not so much called ahead that it is evicted.
+    enough = min(32 * 1024, shape.N * shape.K * 2 // NUM_SMS // 4)
+    return weights * depth >= enough and weights * tile.prefetch <= 192 * 1024
 
 
 def product(shape: Shape, x: Tensor, weight: Tensor, tile: Tile) -> Tensor:
@@ -270,9 +277,14 @@ class Bench:
                 print(f"WRONG: {self.shape.name} M={rows} {tuple(tile)}", flush=True)
                 return None
             return self.microseconds(lambda w: product(self.shape, self.x[:rows], w, tile))
-        except RuntimeError as err:
+        except (RuntimeError, TritonError) as err:
             print(f"fails: {self.shape.name} M={rows} {tuple(tile)}: {err}"[:200], flush=True)
             return None
+
+
+def padded_rows(rows: int, tile: Tile) -> int:
+    """The number of rows that a kernel is compiled for: a power of two, eight for tensor cores."""
+    return max(8 if tile.dot else 1, 1 << (rows - 1).bit_length())
 
 
 class Result(NamedTuple):
@@ -303,17 +315,19 @@ def _short(tile: Tile) -> str:
     return ("dot " if tile.dot else "vec ") + ",".join(map(str, tile[1:]))
 
 
-def tune(shapes: Iterable[Shape], rows: list[int], seconds: float) -> list[Result]:
+def tune(
+    shapes: Iterable[Shape], rows: list[int], seconds: float, log: IO[str] | None
+) -> list[Result]:
     """Compile and time; the same kernels serve all row counts up to a power of two."""
     start = time.monotonic()
     wanted: dict[tuple[Shape, int], list[Tile]] = {}
     shapes = list(shapes)
     for shape, m in itertools.product(shapes, rows):
         padded = 1 << (m - 1).bit_length()
-        tiles = [*vector_tiles(shape, padded)] if padded <= 8 else []
-        wanted[shape, m] = tiles + ([*dot_tiles(shape, padded)] if padded >= 8 else [])
+        tiles = [*vector_tiles(shape, padded)] if padded <= 4 else []
+        wanted[shape, m] = tiles + ([*dot_tiles(shape, padded)] if padded >= 2 else [])
     cases = {
-        Case(shape, 1 << (m - 1).bit_length(), tile): None
+        Case(shape, padded_rows(m, tile), tile): None
         for (shape, m), tiles in wanted.items()
         for tile in tiles
     }
@@ -325,15 +339,20 @@ def tune(shapes: Iterable[Shape], rows: list[int], seconds: float) -> list[Resul
         bench = Bench(shape)
         for m in rows:
             padded = 1 << (m - 1).bit_length()
-            tiles = [t for t in wanted[shape, m] if Case(shape, padded, t) in ready]
-            if m not in (1 << (m - 1).bit_length(),):  # its power of two's fastest are enough
-                fast = [r for r in results if r.shape == shape and r.rows >= padded // 2]
-                tiles = list(dict.fromkeys(t for r in fast for _, t in r.tiles[:6] if t in tiles))
+            tiles = [t for t in wanted[shape, m] if Case(shape, padded_rows(m, t), t) in ready]
+            if m in (2, 4, 24, 48):  # what was fast for its neighbours is enough
+                fast = [r for r in results if r.shape == shape and padded // 2 <= r.rows <= 64]
+                kept = {t for r in fast for _, t in r.tiles[:8]}
+                tiles = [t for t in tiles if t in kept or not t.dot]
             if time.monotonic() - start > seconds:
                 print(f"out of time before {shape.name} M={m}", flush=True)
                 return results
             results.append(time_rows(bench, m, tiles))
             print(results[-1].line(), flush=True)
+            if log:
+                record = results[-1]._asdict() | {"shape": shape._asdict()}
+                log.write(json.dumps(record) + "\n")
+                log.flush()
         del bench
     print(f"done after {time.monotonic() - start:.0f} s", flush=True)
     return results
@@ -344,7 +363,7 @@ def time_rows(bench: Bench, rows: int, tiles: list[Tile]) -> Result:
     x = bench.x[:rows]
     baseline = bench.microseconds(lambda w: cublas(bench.shape, x, w))
     timed = [(us, t) for t in tiles if (us := bench.time_tile(rows, t)) is not None]
-    return Result(bench.shape, rows, baseline, sorted(timed)[:8])
+    return Result(bench.shape, rows, baseline, sorted(timed)[:10])
 
 
 def table_of(results: list[Result]) -> dict[str, dict[Any, Any]]:
@@ -377,12 +396,10 @@ def main() -> None:
             size, _, kind = text.partition(":")
             N, K = map(int, size.split("x"))
             shapes.append(Shape(text, N, K, kind or "plain"))
-    # Powers of two first: the others try what was fast there.
-    rows = sorted(map(int, args.rows.split(",")), key=lambda m: (m & (m - 1) != 0, m))
-    results = tune(shapes, rows, args.seconds)
-    if args.json:
-        lines = [r._asdict() | {"shape": r.shape._asdict()} for r in results]
-        args.json.write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    # Those that stand for others first: the rest tries what was fast there.
+    rows = sorted(map(int, args.rows.split(",")), key=lambda m: (m in (2, 4, 24, 48), m))
+    with args.json.open("w") if args.json else contextlib.nullcontext() as log:
+        results = tune(shapes, rows, args.seconds, log)
     for name, table in table_of(results).items():
         print(f"{name} = {pprint.pformat(table, width=100)}")
 
