@@ -19,6 +19,7 @@ from typing import Any, NoReturn, Protocol
 import msgspec
 
 from executor.failures import DEVICE_STAGE, exit_code, worker_error
+from executor.step_clock import sharpen_timers
 from executor.worker_process import Boot, identity_of
 from ipc.channel import DealerChannel
 from ipc.config import decode_config
@@ -78,6 +79,7 @@ class ThreadedAnswers:
         self._steps.put(step)
 
     def _run(self) -> None:
+        sharpen_timers()
         boot = self._rank.boot
         channel: Channel = DealerChannel(
             core_to_worker_decoder, identity=f"{boot.token}-answers-{boot.rank}".encode()

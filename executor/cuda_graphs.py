@@ -36,12 +36,13 @@ from executor.step_buffers import Staging, StepBuffers, StepViews
 from kernels.prepare_inputs import prepare_inputs
 from kernels.store_samples import store_samples
 
-# Sizes end where the matrix products of a step take longer than their launches.
-_MAX_DECODE, _MAX_MIXED = 512, 512
 # (up to, apart): close where a step is short, since padding is computed like the rest.
-_DECODE_SPACING = ((64, 8), (128, 16), (256, 32), (_MAX_DECODE, 64))
-_MIXED_SPACING = ((128, 32), (_MAX_MIXED, 64))
-_BYTES_PER_GRAPH = 4 * 2**20  # the driver's, for some hundred nodes
+_DECODE_SPACING = ((64, 8), (128, 16), (256, 32), (512, 64))
+_MIXED_SPACING = ((128, 32), (512, 64), (1024, 128), (2048, 256))
+# Mixed sizes end where the products of a step take as long as their launches, some milliseconds:
+# so many weights times tokens, but not below so many tokens.
+_MAX_WEIGHT_TOKENS, _MIN_MAX_MIXED = 2.5e12, 512
+_BYTES_PER_GRAPH = 2 * 2**20  # the driver's: 1.1 MiB were measured for 28 layers
 _NUM_AT_START = 4  # decode sizes recorded before the first request
 
 logger = logging.getLogger(__name__)
@@ -88,11 +89,18 @@ def is_recordable(model: CausalLM) -> bool:
     return not isinstance(model, TransformersForCausalLM)
 
 
-def graph_sizes(*, max_num_seqs: int, max_num_batched_tokens: int, max_seq_len: int) -> GraphSizes:
-    """The sizes for an engine of these limits; the largest may be beyond them, and is padded."""
+def graph_sizes(
+    *, max_num_seqs: int, max_num_batched_tokens: int, max_seq_len: int, num_weights: int
+) -> GraphSizes:
+    """The sizes for an engine of these limits; the largest may be beyond them, and is padded.
+
+    Args:
+        num_weights: the model's, on one rank.
+    """
+    max_mixed = max(_MIN_MAX_MIXED, int(_MAX_WEIGHT_TOKENS / max(1, num_weights)))
     return GraphSizes(
         decode=_sizes((1, 2, 4), _DECODE_SPACING, max_num_seqs),
-        mixed=_sizes((16,), _MIXED_SPACING, max_num_batched_tokens),
+        mixed=_sizes((16,), _MIXED_SPACING, min(max_mixed, max_num_batched_tokens)),
         max_seq_len=max_seq_len,
     )
 

@@ -109,9 +109,8 @@ def locate_samples(packed: PackedRows, states: RequestStates) -> SamplePlaces | 
 def place_samples(rows: Array, states: RequestStates) -> SamplePlaces:
     """Where the next tokens of these rows belong, without a forward pass."""
     positions = states.num_tokens[rows]
-    on_device_rows, on_device_positions, places = upload_all(
-        [rows, positions, rows * states.tokens.width + positions], states.device
-    )
+    arrays = [rows, positions, rows * states.tokens.width + positions]
+    on_device_rows, on_device_positions, places = upload_all(arrays, states.device)
     return SamplePlaces(
         rows, states.sampling.union(rows), on_device_rows, on_device_positions, places
     )

@@ -71,6 +71,7 @@ class PendingStep:
     staging: Staging
     bad_rows: set[int]  # the runner's; resolving adds to it
     stagings: StagingPool  # likewise
+    launched_s: float  # by time.perf_counter
     samples: list[PendingSample] = field(default_factory=list)
     prompt_logprobs: list[tuple[int, list[PendingLogprobs]]] = field(default_factory=list)
     logits_rows: list[tuple[Array, Tensor]] = field(default_factory=list)  # [P], [P, V]
@@ -78,7 +79,9 @@ class PendingStep:
 
     def resolve(self) -> tuple[ModelRunnerOutput, Frames]:
         """Wait until the device has done the step, and read its answer."""
-        self.device_time_s = self.staging.wait() or self.device_time_s
+        waited_s = self.stagings.wait(self.staging, self.launched_s)
+        if waited_s is not None:
+            self.device_time_s = waited_s
         token_ids: list[int] = []
         nan_rows: list[int] = []
         chosen: dict[int, TokenLogprobs] = {}
@@ -146,6 +149,16 @@ class ModelRunner:
             self.graphs = None
 
     @torch.inference_mode()
+    def draw_blank(self, rows: list[int]) -> None:
+        """Sample rows as if a forward pass had made all tokens equal, to compile what that takes.
+
+        Each row gains the token, as in a step.
+        """
+        states = self._states
+        logits = torch.zeros(len(rows), states.sampling.vocab_size, device=states.device)
+        self._draw(logits, place_samples(np.array(rows), states))
+
+    @torch.inference_mode()
     def execute(self, plan: SchedulerOutput, frames: Frames = ()) -> PendingStep:
         """Launch one step.
 
@@ -153,9 +166,10 @@ class ModelRunner:
             plan: the step; its rows must hold at least the blocks that the step needs.
             frames: the arrays that ``plan.sample_rows`` name.
         """
-        start_s = time.perf_counter()
         staging = self._stagings.take()
-        step = PendingStep(plan.step_id, staging, self._bad_rows, self._stagings)
+        step = PendingStep(
+            plan.step_id, staging, self._bad_rows, self._stagings, time.perf_counter()
+        )
         if staging.started is not None:
             staging.started.record()
         self._apply(plan)
@@ -166,7 +180,7 @@ class ModelRunner:
         if staging.finished is not None:
             staging.finished.record()
         else:
-            step.device_time_s = time.perf_counter() - start_s
+            step.device_time_s = time.perf_counter() - step.launched_s
         self.num_steps += 1
         return step
 

@@ -40,6 +40,9 @@ EDITS = Wish.PENALTIES | Wish.BIAS | Wish.ALLOWED | Wish.BAD_WORDS | Wish.MIN_TO
 DRAWN = int(EDITS | Wish.RANDOM | Wish.FILTERS)
 # With any of these a row takes more than a forward pass and a draw.
 MORE_THAN_DRAWN = int(EDITS | Wish.LOGPROBS | Wish.PROCESSORS)
+# So many, or a multiple, bring the next parameter to an address of 16 bytes: kernels compiled for
+# such addresses would be compiled once more for others.
+_ALIGNED_ROWS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +134,11 @@ class SamplingStates:
     def gather(self, rows: Tensor) -> DrawParams:
         """The parameters of these rows, in their order."""
         self.flush()
-        floats = self.tables.floats.index_select(1, rows)
-        top_k, seeds = self.tables.whole.index_select(1, rows).unbind(0)
+        num_rows = rows.shape[0]
+        if rows.is_cuda and num_rows % _ALIGNED_ROWS:
+            rows = torch.nn.functional.pad(rows, (0, -num_rows % _ALIGNED_ROWS))
+        floats = self.tables.floats.index_select(1, rows)[:, :num_rows]
+        top_k, seeds = self.tables.whole.index_select(1, rows)[:, :num_rows].unbind(0)
         temperature, top_p, min_p, presence, frequency, repetition = floats.unbind(0)
         return DrawParams(
             temperature=temperature,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from executor.input_batch import PackedRows, empty_inputs
 from executor.request_states import RequestStates
+from executor.step_clock import StepClock
 from kernels.prepare_inputs import Draws, PackedInputs, Requests
 
 _ALIGNMENT = 16  # entries: every part starts where a kernel's vector loads may
@@ -35,25 +36,26 @@ class Staging:
         self.finished: torch.cuda.Event | None = None
         if is_cuda:
             self.started, self.finished = (
-                torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
+                torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
                 for _ in range(2)
             )
 
-    def wait(self) -> float | None:
-        """Wait for the step's end; returns how long the device took, None on a CPU."""
-        if self.started is None or self.finished is None:
-            return None
-        self.finished.synchronize()
-        return self.started.elapsed_time(self.finished) / 1000
-
 
 class StagingPool:
-    """Stagings that no step uses. Steps may give theirs back from another thread."""
+    """Stagings that no step uses. One thread launches steps, the same or one other waits."""
 
     def __init__(self, max_requests: int, device: torch.device) -> None:
         self._max_requests = max_requests
         self._device = device
         self._free: deque[Staging] = deque()
+        self._clock = StepClock()
+
+    def wait(self, staging: Staging, launched_s: float) -> float | None:
+        """Wait for a step's end; returns how long the device took, None on a CPU."""
+        if staging.started is None or staging.finished is None:
+            return None
+        self._clock.wait(staging.finished.query, launched_s)
+        return staging.started.elapsed_time(staging.finished) / 1000
 
     def take(self) -> Staging:
         """A staging for one step."""

@@ -15,7 +15,7 @@ from ipc.messages import NewRow, RowParams, SchedulerOutput
 
 _GREEDY = RowParams(seed=0, temperature=0.0)
 _RANDOM = RowParams(seed=0, temperature=1.0, top_k=20, top_p=0.9)
-# One row for each kind of sampling.
+# Every kind of sampling.
 _WISHES = [
     _GREEDY,
     _RANDOM,
@@ -24,7 +24,7 @@ _WISHES = [
     RowParams(seed=0, temperature=0.0, repetition_penalty=1.1),
     RowParams(seed=0, temperature=0.0, logit_bias=[(0, 1.0)], bad_words_token_ids=[[0, 1]]),
     RowParams(seed=0, temperature=0.0, allowed_token_ids=[0, 1]),
-    RowParams(seed=0, temperature=0.0, num_logprobs=2, num_prompt_logprobs=2),
+    RowParams(seed=0, temperature=0.0, num_logprobs=2),
 ]
 # Queries of one request in a step, and contexts: kernels come in variants for a few ranges.
 _QUERY_LENGTHS = (2, 5, 9, 17, 33, 65, 129, 300)
@@ -54,14 +54,16 @@ def warm_up(
     params = [_GREEDY if row % 2 else _RANDOM for row in range(len(lengths))]
     plans = list(_prompts(lengths, params, block_size, max_model_len))
     if is_thorough:
-        wishes = _WISHES[:max_num_seqs]
-        plans += _prompts([min(3, per_row)] * len(wishes), wishes, block_size, max_model_len)
         for length in {min(length, per_row) for length in _QUERY_LENGTHS}:
             plans += _prompts([length], [_GREEDY], block_size, max_model_len)
         for length in {min(length, per_row) for length in _CONTEXTS}:
             plans += _decodes(length, min(2, max_num_seqs), block_size)
     for plan in plans:
         runner.execute(plan).resolve()
+    if is_thorough:
+        for wishes in _WISHES:
+            for num_rows in {1, max_num_seqs}:
+                _draw(runner, wishes, num_rows, block_size)
     runner.num_steps = 0
 
 
@@ -102,6 +104,19 @@ def _decodes(length: int, num_rows: int, block_size: int) -> Iterator[SchedulerO
     yield SchedulerOutput(step_id=0, rows=rows[:1], num_new_tokens=[], new_rows=new_rows)
     yield SchedulerOutput(step_id=0, rows=rows, num_new_tokens=[])
     yield SchedulerOutput(step_id=0, rows=[], num_new_tokens=[], freed_rows=rows)
+
+
+def _draw(runner: ModelRunner, wishes: RowParams, num_rows: int, block_size: int) -> None:
+    """Sampling alone, of one kind."""
+    rows = list(range(num_rows))
+    new_rows = [_row(row, 1, 0, block_size, wishes) for row in rows]
+    for plan in (
+        SchedulerOutput(step_id=0, rows=[], num_new_tokens=[], new_rows=new_rows),
+        SchedulerOutput(step_id=0, rows=[], num_new_tokens=[], freed_rows=rows),
+    ):
+        runner.execute(plan).resolve()
+        if plan.new_rows:
+            runner.draw_blank(rows)
 
 
 def _row(row: int, length: int, num_computed: int, block_size: int, params: RowParams) -> NewRow:

@@ -303,6 +303,7 @@ class Worker:
                 config.max_seq_len_to_capture,
                 self._max_model_len + scheduler.num_lookahead_slots + SLACK_TOKENS,
             ),
+            num_weights=loaded.weights_bytes // self._cache_dtype.itemsize,
         )
         return GraphPlan(
             sizes=sizes,

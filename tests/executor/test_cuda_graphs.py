@@ -23,7 +23,7 @@ from tests.executor.builders import (
 from tests.executor.configs import VOCAB_SIZE
 from tests.executor.fake_model import FakeModel, next_token
 
-SIZES = graph_sizes(max_num_seqs=8, max_num_batched_tokens=100, max_seq_len=50)
+SIZES = graph_sizes(max_num_seqs=8, max_num_batched_tokens=100, max_seq_len=50, num_weights=10**10)
 RANDOM = RowParams(seed=5, temperature=8.0, top_k=60, top_p=0.98)
 
 
@@ -37,13 +37,17 @@ def make_rig(**options: object) -> Rig:
 
 
 def test_sizes_are_close_where_steps_are_short_and_reach_beyond_the_limits() -> None:
-    sizes = graph_sizes(max_num_seqs=256, max_num_batched_tokens=8192, max_seq_len=10)
+    sizes = graph_sizes(
+        max_num_seqs=256, max_num_batched_tokens=8192, max_seq_len=10, num_weights=10**10
+    )
 
     assert list(sizes.decode[:6]) == [1, 2, 4, 8, 16, 24]
     assert list(sizes.decode[-3:]) == [192, 224, 256]
     assert (sizes.max_requests, sizes.max_tokens) == (256, 512)
     for limit in (1, 3, 8, 9, 100, 511, 512, 5000):
-        sizes = graph_sizes(max_num_seqs=limit, max_num_batched_tokens=limit, max_seq_len=10)
+        sizes = graph_sizes(
+            max_num_seqs=limit, max_num_batched_tokens=limit, max_seq_len=10, num_weights=10**10
+        )
         assert list(sizes.decode) == sorted(set(sizes.decode))
         assert list(sizes.mixed) == sorted(set(sizes.mixed))
         assert sizes.decode[-1] >= min(limit, 512)
@@ -51,8 +55,28 @@ def test_sizes_are_close_where_steps_are_short_and_reach_beyond_the_limits() -> 
         assert len(sizes.decode) == 1 or sizes.decode[-2] < limit
 
 
+@pytest.mark.parametrize(
+    ("num_weights", "largest"),
+    [
+        pytest.param(6 * 10**8, 2048, id="small: all sizes"),
+        pytest.param(3 * 10**9, 896, id="in between"),
+        pytest.param(8 * 10**9, 512, id="large: the products take longer than their launches"),
+    ],
+)
+def test_mixed_steps_are_recorded_up_to_more_tokens_for_small_models(
+    num_weights: int, largest: int
+) -> None:
+    sizes = graph_sizes(
+        max_num_seqs=8, max_num_batched_tokens=8192, max_seq_len=10, num_weights=num_weights
+    )
+
+    assert sizes.mixed[-1] == largest
+
+
 def test_a_plan_counts_every_graph_and_their_temporaries() -> None:
-    small = graph_sizes(max_num_seqs=1, max_num_batched_tokens=16, max_seq_len=10)
+    small = graph_sizes(
+        max_num_seqs=1, max_num_batched_tokens=16, max_seq_len=10, num_weights=10**10
+    )
 
     one, more = GraphPlan(small, 0), GraphPlan(SIZES, 1000)
 
@@ -232,7 +256,9 @@ def test_recorded_steps_answer_as_eager_ones(params: list[RowParams], steps_in_f
 
 
 def test_the_largest_size_may_be_beyond_the_engines_limits() -> None:
-    sizes = graph_sizes(max_num_seqs=5, max_num_batched_tokens=20, max_seq_len=50)
+    sizes = graph_sizes(
+        max_num_seqs=5, max_num_batched_tokens=20, max_seq_len=50, num_weights=10**10
+    )
     params = [GREEDY, RANDOM, GREEDY, RANDOM]
 
     eager, recorded = (

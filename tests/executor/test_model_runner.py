@@ -340,7 +340,7 @@ class Simulation:
             assert not beyond.any(), "entries past the row's blocks are the null block"
 
 
-GRAPHS = graph_sizes(max_num_seqs=8, max_num_batched_tokens=64, max_seq_len=50)
+GRAPHS = graph_sizes(max_num_seqs=8, max_num_batched_tokens=64, max_seq_len=50, num_weights=10**10)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
