@@ -81,6 +81,11 @@ class StreamRecord:
     waiter: "asyncio.Future[None] | None" = None  # set while its consumer waits
     listener: Listener | None = None  # is offered the news before the consumer is woken
 
+    def wake(self) -> None:
+        """Let the consumer go on, where it waits."""
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
 
 class OutputStream:
     """A consumer's end of one request: an async iterator of its outputs.
@@ -290,23 +295,24 @@ class AsyncSession:
         streams, news = self._streams, self._news
         for state in states:
             record = streams.get(state.req_id)
-            if record is None or record.waiter is None or record.waiter.done():
+            if record is None:
                 continue
             if record.listener is not None:
                 if not news:
                     self._loop.call_soon(self._tell_listeners)
                 news.append(record)
             elif state.kind is not RequestOutputKind.FINAL_ONLY or state.is_finished:
-                record.waiter.set_result(None)
+                record.wake()
 
     def _tell_listeners(self) -> None:
         news, self._news = self._news, []
         for record in news:
-            state, waiter, listener = record.state, record.waiter, record.listener
-            if not state.is_news or waiter is None or waiter.done() or listener is None:
-                continue  # told already, or its consumer was woken for something else
-            if not listener(state):
-                waiter.set_result(None)
+            state = record.state
+            if not state.is_news or record.waiter is None or record.waiter.done():
+                continue  # told already, or its consumer has its turn
+            assert record.listener is not None
+            if not record.listener(state):
+                record.wake()
 
     def _run_processors(self, work: RowWork) -> None:
         """Run the user's code in a thread of its own; one, so that rows stay in order."""

@@ -126,7 +126,10 @@ class OutputProcessor:
                 if iteration is not None:
                     num_new = len(output.new_token_ids)
                     iteration.num_generation_tokens += num_new
-                    _add_gaps(iteration, num_new, now_s - before_s)
+                    if num_new == 1 and before_s <= now_s:
+                        iteration.inter_token_latency_s.append(now_s - before_s)
+                    else:
+                        _add_gaps(iteration, num_new, now_s - before_s)
             elif self._take_in(state, output, now_s, result):
                 moved[output.req_id] = state
         for row in message.logits_rows:
@@ -183,6 +186,7 @@ class OutputProcessor:
                 )
         return BranchState(
             record=record,
+            token_ids=record.token_ids,
             detokenizer=detokenizer,
             matcher=matcher,
             logprobs=None if params.logprobs is None else [],
@@ -228,11 +232,11 @@ class OutputProcessor:
         num_output = row.position - len(prompt_ids)
         if branch.finish_reason is not None or num_output < 0:
             return
-        if num_output > len(branch.record.token_ids):
+        if num_output > len(branch.token_ids):
             error = f"output tokens before position {row.position} were lost on the way"
             self._fail(state, EngineGenerateError(error), now_s, result)
             return
-        output_ids = branch.record.token_ids[:num_output]
+        output_ids = branch.token_ids[:num_output]
         processors = self._processors.get(row.req_id, [])
         result.row_work.append(RowWork(row, frames, processors, prompt_ids, output_ids))
 
@@ -288,7 +292,7 @@ def summarise(state: RequestState) -> FinishedRequestStats:
         n=params.n,
         best_of=params.num_branches,
         max_tokens=params.max_tokens,
-        max_branch_tokens=max(len(branch.record.token_ids) for branch in state.branches),
+        max_branch_tokens=max(len(branch.token_ids) for branch in state.branches),
         num_cached_tokens=state.num_cached_tokens or 0,
         queue_time_s=_gap(metrics.arrival_time, scheduled_s),
         prefill_time_s=_gap(scheduled_s, first_s),
@@ -319,11 +323,7 @@ def _add_gaps(iteration: IterationStats, num_later: int, since_s: float) -> None
 
     A clock may jump back.
     """
-    gap_s = since_s if since_s > 0.0 else 0.0
-    if num_later == 1:
-        iteration.inter_token_latency_s.append(gap_s)
-    else:
-        iteration.inter_token_latency_s.extend([gap_s / num_later] * num_later)
+    iteration.inter_token_latency_s.extend([max(0.0, since_s) / num_later] * num_later)
 
 
 def _gap(start_s: float | None, end_s: float | None) -> float | None:

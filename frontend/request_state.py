@@ -8,6 +8,7 @@ copy that a cumulative output is.
 Knows nothing of sockets, event loops or tokenising.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from frontend.detokenizer import Detokenizer
@@ -39,6 +40,7 @@ class BranchState:
     """One sequence of a request: its text so far, and how much of it was taken."""
 
     record: JournalBranch  # owns the token ids
+    token_ids: list[int]  # the record's
     detokenizer: Detokenizer | None  # None: no text wanted
     matcher: StopStringMatcher | None  # None: no stop strings
     logprobs: SampleLogprobs | None  # None: not wanted by the caller
@@ -47,19 +49,16 @@ class BranchState:
     new_pieces: list[str] = field(default_factory=list)  # text since the last taking
     num_taken_tokens: int = 0
     is_news: bool = False  # something happened since the last taking
-    is_plain: bool = False  # its next tokens bring text and nothing else, unless they end it
+    # Detokenises tokens that bring text and nothing else, unless they end the branch; None: none.
+    append_plain: Callable[[Sequence[int]], str] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     last_token_time_s: float = 0.0
 
-    @property
-    def has_only_text(self) -> bool:
-        """Whether all that its tokens lead to is text, as they come."""
-        return (
-            self.detokenizer is not None
-            and self.matcher is None
-            and self.cumulative_logprob is None
-        )
+    def plain_detokenizer(self) -> Callable[[Sequence[int]], str] | None:
+        """The detokeniser, where text as it comes is all that the tokens lead to."""
+        has_more = self.matcher is not None or self.cumulative_logprob is not None
+        return None if has_more or self.detokenizer is None else self.detokenizer.append
 
     def append(self, ids: list[int], output: EngineOutput, params: SamplingParams) -> int:
         """Take in new tokens; return how many count, less than all after a stop string."""
@@ -72,7 +71,7 @@ class BranchState:
                     self.new_pieces.append(text)
             elif (num_used := self._match(shown, params.min_tokens)) is not None:
                 ids = ids[:num_used]
-        self.record.token_ids += ids
+        self.token_ids += ids
         self.is_news = True
         return len(ids)
 
@@ -91,13 +90,13 @@ class BranchState:
         self.stop_reason = stop_reason
         self.record.is_finished = True
         self.is_news = True
-        self.is_plain = False
+        self.append_plain = None
 
     def _match(self, ids: list[int], min_tokens: int) -> int | None:
         """Detokenise one by one, so that the token that completes a stop string is known."""
         assert self.detokenizer is not None
         assert self.matcher is not None
-        num_before = len(self.record.token_ids)
+        num_before = len(self.token_ids)
         for num_used, token_id in enumerate(ids, start=1):
             piece = self.detokenizer.append((token_id,))
             if not piece:
@@ -143,7 +142,7 @@ class RequestState:
         """
         branch = self.branches[output.index]
         ids = output.new_token_ids
-        if output.first_index != len(branch.record.token_ids) or branch.finish_reason is not None:
+        if output.first_index != len(branch.token_ids) or branch.finish_reason is not None:
             known = self.entry.new_tokens(output)
             if known is None:
                 return None
@@ -154,7 +153,9 @@ class RequestState:
             self._note_prompt_logprobs(output)
         num_new = branch.append(ids, output, self.params)
         if num_new:
-            self._note_tokens(branch, num_new, now_s)
+            branch.last_token_time_s = now_s
+            if self.metrics.first_token_time is None:
+                self.metrics.first_token_time = now_s
         if output.logprobs is not None and branch.cumulative_logprob is not None:
             skipped = len(output.logprobs) - len(ids)
             self._note_logprobs(branch, output, skipped, skipped + num_new)
@@ -163,7 +164,8 @@ class RequestState:
         elif output.finish_reason is not None:
             self._finish_branch(branch, output.finish_reason, output.stop_reason, now_s)
         self.is_news = True
-        branch.is_plain = branch.finish_reason is None and branch.has_only_text
+        if branch.append_plain is None and branch.finish_reason is None:
+            branch.append_plain = branch.plain_detokenizer()
         return num_new
 
     def append_plain(self, output: EngineOutput, now_s: float) -> float | None:
@@ -174,23 +176,19 @@ class RequestState:
             nothing was taken in, and it is for ``update``.
         """
         branch = self.branches[output.index]
-        token_ids = branch.record.token_ids
+        append_text, token_ids = branch.append_plain, branch.token_ids
         if (
-            not branch.is_plain
+            append_text is None
             or output.finish_reason is not None
             or output.first_index != len(token_ids)
         ):
             return None
         new_ids = output.new_token_ids
-        assert branch.detokenizer is not None
-        if text := branch.detokenizer.append(new_ids):
+        if text := append_text(new_ids):
             branch.new_pieces.append(text)
         token_ids += new_ids
         branch.is_news = self.is_news = True
-        before_s = branch.last_token_time_s
-        metrics = self.metrics
-        metrics.num_generation_tokens += len(new_ids)
-        metrics.last_token_time = branch.last_token_time_s = now_s
+        before_s, branch.last_token_time_s = branch.last_token_time_s, now_s
         return before_s
 
     def end(self, reason: FinishReason, now_s: float, failure: EngineError | None = None) -> None:
@@ -206,6 +204,7 @@ class RequestState:
         if not self.is_news or (self.kind is RequestOutputKind.FINAL_ONLY and self.num_unfinished):
             return None
         self.is_news = False
+        self._count_tokens()
         prompt_logprobs = self.prompt_logprobs
         if self.kind is RequestOutputKind.DELTA:
             self.prompt_logprobs = None
@@ -229,27 +228,27 @@ class RequestState:
             error=None if self.failure is None else str(self.failure),
         )
 
-    def take_texts(self) -> list[tuple[int, str]]:
-        """The new text of each branch, by index, where that is all a stream shows.
+    def take_text(self, index: int) -> str:
+        """A branch's new text, where that is all a stream shows; "" when there is none.
 
-        The tokens stay untaken: they are in the next output.
+        Its tokens stay untaken: they are in the next output.
         """
-        self.is_news = False
-        texts = []
-        for branch in self.branches:
-            branch.is_news = False
-            if pieces := branch.new_pieces:
-                texts.append((branch.record.index, "".join(pieces)))
-                pieces.clear()
-        return texts
+        branch = self.branches[index]
+        branch.is_news = False
+        pieces = branch.new_pieces
+        if len(pieces) == 1:
+            return pieces.pop()
+        text = "".join(pieces)
+        pieces.clear()
+        return text
 
     def _take_branch(self, branch: BranchState, index: int) -> CompletionOutput:
         text = "".join(branch.new_pieces)
         branch.new_pieces.clear()
-        token_ids, logprobs = branch.record.token_ids, branch.logprobs
+        token_ids, logprobs = branch.token_ids, branch.logprobs
         if self.kind is RequestOutputKind.DELTA:
             token_ids = token_ids[branch.num_taken_tokens :]
-            branch.num_taken_tokens = len(branch.record.token_ids)
+            branch.num_taken_tokens = len(branch.token_ids)
             if logprobs is not None:
                 branch.logprobs = []
         else:
@@ -284,12 +283,12 @@ class RequestState:
                 self.prompt_logprobs = [None] if is_beginning else []
             self.prompt_logprobs.extend(map(self.logprob_decoder.decode, new))
 
-    def _note_tokens(self, branch: BranchState, num_new: int, now_s: float) -> None:
+    def _count_tokens(self) -> None:
+        """Bring the metrics up to date: nobody looks at them at every token."""
         metrics = self.metrics
-        metrics.num_generation_tokens += num_new
-        metrics.last_token_time = branch.last_token_time_s = now_s
-        if metrics.first_token_time is None:
-            metrics.first_token_time = now_s
+        metrics.num_generation_tokens = sum(len(branch.token_ids) for branch in self.branches)
+        last_s = max(branch.last_token_time_s for branch in self.branches)
+        metrics.last_token_time = last_s or metrics.last_token_time
 
     def _note_logprobs(
         self, branch: BranchState, output: EngineOutput, start: int, end: int
@@ -308,6 +307,7 @@ class RequestState:
         self.num_unfinished -= 1
         if self.num_unfinished == 0:
             self.metrics.finished_time = now_s
+            self._count_tokens()
 
 
 def _by_likelihood(branch: BranchState) -> tuple[float, int]:

@@ -161,9 +161,13 @@ class TextShortcut:
         formats = self._formats
         if state.num_unfinished != len(formats) or not self._out.takes_now:
             return False
-        chunks = [formats[index].text_chunk(text) for index, text in state.take_texts()]
-        if chunks:
-            self._out.write(b"".join(chunks))
+        state.is_news = False
+        data = b""
+        for index, chunk_format in enumerate(formats):
+            if text := state.take_text(index):
+                data += chunk_format.text_chunk(text)
+        if data:
+            self._out.write(data)
         return True
 
 

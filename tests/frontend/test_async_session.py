@@ -140,7 +140,8 @@ def test_a_listener_is_offered_the_news_of_all_that_came_before_its_consumer_is_
         def listen(state: RequestState) -> bool:
             if state.is_finished:
                 return False
-            offered.extend(text for _, text in state.take_texts())
+            state.is_news = False
+            offered.append(state.take_text(0))
             return True
 
         stream.offer_news_to(listen)
