@@ -16,11 +16,12 @@ DEVICE_WORK = {"kernel", "gpu_memcpy", "gpu_memset"}
 # The first pattern that a kernel's name matches names its group.
 GROUPS = {
     "copies": r"memcpy|memset|copy",
-    "sampling": r"draw|pick|sampl|argmax|gumbel|noise|top_?[kp]|penalt|sort|logprob|has_nan",
-    "attention": r"attention|flash|fmha|sdpa|(_decode|_plan|_prefill)_kernel|_merge_parts",
+    "sampling": r"draw|pick|sampl|argmax|gumbel|noise|top_?[kp]|sort|logprob|has_nan|bitmask"
+    r"|penalt|token_bias|_(scan|rank|collect|settle|search)_kernel",
+    "attention": r"attention|flash|fmha|sdpa|_(decode|plan|prefill|merge|gather)_kernel",
     "rope and store": r"rotary|rope|store_kernel|store_kv|qkv",
     "norm": r"norm",
-    "matmul": r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitk|(_vector|_dot)_kernel|linear|mm\b",
+    "matmul": r"gemm|gemv|nvjet|cutlass|cublas|xmma|splitk|_(vector|dot)_kernel|linear|mm\b",
     "activation": r"gated|silu|swiglu|act_and_mul",
     "inputs": r"prepare|index|gather|scatter|arange|cumsum|embedding",
     "elementwise": r"elementwise|vectorized|reduce|cat|fill|::",
