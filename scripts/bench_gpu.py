@@ -230,7 +230,8 @@ class Suite:
             args["tokenizer"] = str(directory)
         args["enable_prefix_caching"] = False
         flags = ["--disable-log-requests", "--disable-access-log"]
-        for name, value in (args | dict(map(parse_setting, self._options.engine_arg))).items():
+        settings = [*self._options.engine_arg, *self._options.server_arg]
+        for name, value in (args | dict(map(parse_setting, settings))).items():
             flags += _flag(name.replace("_", "-"), value)
         return flags
 
@@ -303,6 +304,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME=VALUE",
         help="a further engine argument, for trying things; repeatable",
+    )
+    add(
+        "--server-arg",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a further argument of the server alone, such as api_server_count=2; repeatable",
     )
 
 

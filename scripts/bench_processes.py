@@ -26,7 +26,7 @@ class Usage:
 def usage_by_role(root: int, root_role: str) -> dict[str, Usage]:
     """Use of ``root`` and all its descendants; processes of one role are summed up.
 
-    Roles: "core", "supervisor", "worker", the module's name for other modules of ours, "other".
+    Roles: "api", "core", "supervisor", "worker", the name of any other module, or "other".
     """
     totals: dict[str, Usage] = {}
     for pid in _tree(root):
@@ -80,7 +80,7 @@ def _role(pid: int) -> str:
     module = arguments[arguments.index("-m") + 1]
     if module == "engine_core":
         return "core" if "--core" in arguments else "supervisor"
-    return "worker" if module == "executor" else module
+    return {"executor": "worker", "frontend": "api"}.get(module, module)
 
 
 def _usage(pid: int) -> Usage:
