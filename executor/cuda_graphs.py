@@ -1,13 +1,14 @@
 """Steps recorded as CUDA graphs: one launch in place of hundreds.
 
 A decode step, in which every row owes one token and samples the next, is recorded whole, from rows
-to drawn ids, for some batch sizes. Any other small step is recorded up to its hidden states, for
-some numbers of tokens. A step takes the smallest size that holds it; the places that are left
+to drawn ids, for some batch sizes. Any other small step is recorded in two parts: up to its hidden
+states for some numbers of tokens, and from there to the ids for some numbers of draws; the second
+part serves larger steps too. A step takes the smallest size that holds it; the places that are left
 belong to nobody. Larger steps, and contexts beyond what was asked to be captured, run eagerly.
 
 Every size is rehearsed once at the start, which compiles all that it launches. The smallest decode
-sizes are recorded then as well; the others in idle moments, or a decode size when it is first
-needed, as it will be needed again in the next step. Nothing is ever compiled while recording.
+sizes are recorded then as well; the others in idle moments, or, but for mixed ones, when first
+needed, as they will be needed again in the next step. Nothing is compiled while recording.
 
 What must not move, because recordings hold its address: weights, cache, rows, ``StepBuffers``.
 Temporaries of all recordings share one piece of memory, so what a replay leaves there (logits,
@@ -20,7 +21,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -77,7 +78,7 @@ class GraphPlan:
     @property
     def num_bytes(self) -> int:
         """Temporaries, and what the driver keeps for each graph."""
-        num_graphs = len(self.sizes.decode) + len(self.sizes.mixed)
+        num_graphs = 2 * len(self.sizes.decode) + len(self.sizes.mixed)
         return self.temporaries_bytes + num_graphs * _BYTES_PER_GRAPH
 
 
@@ -122,8 +123,8 @@ class Recording(NamedTuple):
 class Recorder(Protocol):
     """How a function's launches are kept; ``CudaRecorder`` outside tests."""
 
-    def rehearse(self, run: Callable[[], Tensor]) -> None:
-        """Run it once as it will be recorded."""
+    def rehearse(self, run: Callable[[], Tensor]) -> Tensor:
+        """Run it once as it will be recorded; returns its result, for a moment."""
 
     def record(self, run: Callable[[], Tensor]) -> Recording:
         """Keep what it launches, without running it."""
@@ -145,13 +146,14 @@ class CudaRecorder:
             with torch.cuda.use_mem_pool(self._pool, device):
                 torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
-    def rehearse(self, run: Callable[[], Tensor]) -> None:
+    def rehearse(self, run: Callable[[], Tensor]) -> Tensor:
         """Run it on the recorder's stream, with temporaries where they will be."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool, self._device):
-            run()
+            out = run()
         current.wait_stream(self._stream)
+        return out
 
     def record(self, run: Callable[[], Tensor]) -> Recording:
         """Capture a graph. Other threads may go on using the device."""
@@ -210,41 +212,19 @@ class DecodeGraph:
 
     def launch(self, packed: PackedRows, staging: Staging) -> Tensor:
         """Queue the step; returns where the raw logits [size, V] will be until the next launch."""
-        assert self.recording is not None, f"the decode step of {self.size} was not recorded"
         self.bring(packed, staging)
-        self.recording.replay()
-        return self.recording.out
+        return _replay(self.recording)
 
     def bring(self, packed: PackedRows, staging: Staging) -> None:
         """Queue the copy of the step's inputs."""
         self._buffers.fill_decode(self.size, packed, staging.up_array)
-        staged = self.views.staged
-        staged.copy_(staging.up[: staged.shape[0]], non_blocking=True)
-
-    def take_away(self, staging: Staging) -> Tensor:
-        """Queue the copy of the result; returns the [2, size] int32 on the host."""
-        down = staging.down[: 2 * self.size].view(2, self.size)
-        return down.copy_(self.views.result, non_blocking=True)
+        _copy_staged(self.views, staging)
 
     def run(self) -> Tensor:
         """The step itself."""
-        parts, views = self._parts, self.views
-        tokens = parts.states.tokens.tensor
-        prepare_inputs(
-            views.requests,
-            tokens,
-            parts.states.blocks.tensor,
-            views.inputs,
-            block_size=parts.states.block_size,
-            tables=parts.states.sampling.tables,
-            draws=views.draws,
-        )
-        hidden = _forward(parts, views, 1, self._max_seq_len)
-        logits = parts.model.compute_logits(hidden)
-        sampled = draw(logits, views.draws)
-        rows, seq_lens, _ = views.requests
-        store_samples(sampled.token_ids, sampled.is_bad, rows, seq_lens, tokens, views.result)
-        return logits
+        _prepare(self._parts, self.views, has_draws=True)
+        hidden = _forward(self._parts, self.views, 1, self._max_seq_len)
+        return _draw(self._parts, self.views, hidden)
 
 
 class MixedGraph:
@@ -260,28 +240,95 @@ class MixedGraph:
 
     def launch(self, packed: PackedRows, staging: Staging) -> Tensor:
         """Queue the pass; returns where the hidden states [size, H] will be until the next."""
-        assert self.recording is not None, f"the step of {self.size} tokens was not recorded"
         self.bring(packed, staging)
-        self.recording.replay()
-        return self.recording.out
+        return _replay(self.recording)
 
     def bring(self, packed: PackedRows, staging: Staging) -> None:
         """Queue the copy of the step's inputs."""
         self._buffers.fill_mixed(self._sizes.max_requests, packed, staging.up_array)
-        staged = self.views.staged
-        staged.copy_(staging.up[: staged.shape[0]], non_blocking=True)
+        _copy_staged(self.views, staging)
 
     def run(self) -> Tensor:
         """The pass itself."""
-        states = self._parts.states
-        prepare_inputs(
-            self.views.requests,
-            states.tokens.tensor,
-            states.blocks.tensor,
-            self.views.inputs,
-            block_size=states.block_size,
-        )
+        _prepare(self._parts, self.views, has_draws=False)
         return _forward(self._parts, self.views, self.size, self._sizes.max_seq_len)
+
+
+class DrawGraph:
+    """Recorded draws of up to ``size`` rows from their hidden states."""
+
+    def __init__(self, size: int, parts: Parts, buffers: StepBuffers, hidden: Tensor) -> None:
+        """``hidden`` [>= size, H] is a buffer, filled before each replay."""
+        self.size = size
+        self.views, self._indices = buffers.draw_views(size)
+        self.recording: Recording | None = None
+        self._parts = parts
+        self._buffers = buffers
+        self._hidden = hidden[:size]
+
+    def launch(self, packed: PackedRows, staging: Staging, hidden: Tensor) -> Tensor:
+        """Queue the draws; returns where the raw logits [size, V] will be until the next launch.
+
+        Args:
+            hidden: [T, H], of all the tokens of the step.
+        """
+        self.bring(packed, staging)
+        torch.index_select(hidden, 0, self._indices, out=self._hidden)
+        return _replay(self.recording)
+
+    def bring(self, packed: PackedRows, staging: Staging) -> None:
+        """Queue the copy of the draws' inputs."""
+        self._buffers.fill_draws(self.size, packed, staging.up_array)
+        _copy_staged(self.views, staging)
+
+    def run(self) -> Tensor:
+        """The draws themselves."""
+        _prepare(self._parts, self.views, has_draws=True)
+        return _draw(self._parts, self.views, self._hidden)
+
+
+AnyGraph = DecodeGraph | MixedGraph | DrawGraph
+Ready = TypeVar("Ready", DecodeGraph, DrawGraph)
+
+
+def take_away(graph: DecodeGraph | DrawGraph, staging: Staging) -> Tensor:
+    """Queue the copy of what was drawn; returns the [2, size] int32 on the host."""
+    down = staging.down[: 2 * graph.size].view(2, graph.size)
+    return down.copy_(graph.views.result, non_blocking=True)
+
+
+def _copy_staged(views: StepViews, staging: Staging) -> None:
+    end = views.staged_at + views.staged.shape[0]
+    views.staged.copy_(staging.up[views.staged_at : end], non_blocking=True)
+
+
+def _replay(recording: Recording | None) -> Tensor:
+    assert recording is not None, "a step was launched that was not recorded"
+    recording.replay()
+    return recording.out
+
+
+def _prepare(parts: Parts, views: StepViews, *, has_draws: bool) -> None:
+    states = parts.states
+    prepare_inputs(
+        views.requests,
+        states.tokens.tensor,
+        states.blocks.tensor,
+        views.inputs,
+        block_size=states.block_size,
+        tables=states.sampling.tables if has_draws else None,
+        draws=views.draws if has_draws else None,
+    )
+
+
+def _draw(parts: Parts, views: StepViews, hidden: Tensor) -> Tensor:
+    """Draw from [B, H], put the ids where they belong, return the raw logits [B, V]."""
+    logits = parts.model.compute_logits(hidden)
+    sampled = draw(logits, views.draws)
+    rows, seq_lens, _ = views.requests
+    tokens = parts.states.tokens.tensor
+    store_samples(sampled.token_ids, sampled.is_bad, rows, seq_lens, tokens, views.result)
+    return logits
 
 
 def _forward(parts: Parts, views: StepViews, max_query_len: int, max_seq_len: int) -> Tensor:
@@ -305,69 +352,99 @@ class StepGraphs:
     def __init__(self, parts: Parts, recorder: Recorder, sizes: GraphSizes) -> None:
         self.sizes = sizes
         self._recorder: Recorder | None = recorder
-        self._states = parts.states
+        self._parts = parts
         self._staging = Staging(sizes.max_requests, parts.states.device)
-        buffers = StepBuffers(
+        self._buffers = StepBuffers(
             parts.states,
             max_requests=sizes.max_requests,
             max_tokens=sizes.max_tokens,
             max_seq_len=sizes.max_seq_len,
         )
-        self._nobody = buffers.nobody()
-        self._decode = [DecodeGraph(n, parts, buffers, sizes.max_seq_len) for n in sizes.decode]
-        self._mixed = [MixedGraph(n, parts, buffers, sizes) for n in sizes.mixed]
+        self._decode = [
+            DecodeGraph(n, parts, self._buffers, sizes.max_seq_len) for n in sizes.decode
+        ]
+        self._mixed = [MixedGraph(n, parts, self._buffers, sizes) for n in sizes.mixed]
+        self._draws: list[DrawGraph] = []  # made when it is known what hidden states are like
 
     def choose(self, packed: PackedRows) -> DecodeGraph | MixedGraph | None:
         """The recorded step that holds this one; None when it must run eagerly."""
         if packed.max_seq_len > self.sizes.max_seq_len:
             return None
         if packed.is_decode:
-            at = bisect_left(self.sizes.decode, packed.rows.size)
-            if at == len(self._decode):
-                return None
-            graph = self._decode[at]
-            if graph.recording is None:
-                self._record(graph)
-            return graph
+            return self._ready(self._decode, packed.rows.size)
         at = bisect_left(self.sizes.mixed, packed.num_tokens)
         if at == len(self._mixed) or packed.rows.size > self.sizes.max_requests:
             return None
         return self._mixed[at] if self._mixed[at].recording is not None else None
 
+    def choose_draws(self, num_draws: int, hidden: Tensor) -> DrawGraph | None:
+        """The recorded draws that hold so many; None when they must be made eagerly.
+
+        Args:
+            hidden: [T, H], which they will be made from.
+        """
+        self._make_draws(hidden)
+        return self._ready(self._draws, num_draws)
+
     @torch.inference_mode()
     def rehearse(self) -> None:
-        """Run every size once, the largest first: it shows how much memory they need."""
-        assert self._recorder is not None, "the graphs were closed"
-        for graph in reversed(self._all()):
-            graph.bring(self._nobody, self._staging)
-            self._recorder.rehearse(graph.run)
-            if self._states.device.type == "cuda":
-                torch.cuda.synchronize()  # the staging is used again at once
+        """Run every size once, the largest first."""
+        for graph in reversed(self._mixed):
+            self._make_draws(self._rehearse(graph))
+        rest: list[AnyGraph] = [*self._draws, *self._decode]
+        for one in reversed(rest):
+            self._rehearse(one)
 
+    @torch.inference_mode()
     def record_first(self) -> None:
         """Record what the first requests will need."""
-        for graph in self._decode[:_NUM_AT_START]:
+        if not self._draws:
+            self._make_draws(self._rehearse(self._mixed[0]))
+        first: list[AnyGraph] = [*self._decode[:_NUM_AT_START], *self._draws[:1]]
+        for graph in first:
             self._record(graph)
 
     def record_next(self) -> bool:
         """Record one more size; False when none is left."""
-        for graph in self._all():
+        graphs: list[AnyGraph] = [*self._decode, *self._draws, *self._mixed]
+        for graph in graphs:
             if graph.recording is None:
                 self._record(graph)
                 return True
         return False
 
-    def _all(self) -> list[DecodeGraph | MixedGraph]:
-        return [*self._decode, *self._mixed]
-
     def close(self) -> None:
         """Drop the recordings and their memory; nothing can be launched afterwards."""
         self._decode.clear()
         self._mixed.clear()
+        self._draws.clear()
         self._recorder = None
 
+    def _ready(self, graphs: Sequence[Ready], count: int) -> Ready | None:
+        """The smallest for ``count`` requests, recorded now if it was not yet."""
+        at = bisect_left(self.sizes.decode, count)
+        if at == len(graphs):
+            return None
+        if graphs[at].recording is None:
+            self._record(graphs[at])
+        return graphs[at]
+
+    def _make_draws(self, hidden: Tensor) -> None:
+        if not self._draws:
+            room = hidden.new_zeros(self.sizes.max_requests, hidden.shape[1])
+            parts, sizes = self._parts, self.sizes.decode
+            self._draws = [DrawGraph(n, parts, self._buffers, room) for n in sizes]
+
+    def _rehearse(self, graph: AnyGraph) -> Tensor:
+        assert self._recorder is not None, "the graphs were closed"
+        graph.bring(self._buffers.nobody(), self._staging)
+        out = self._recorder.rehearse(graph.run)
+        if self._parts.states.device.type == "cuda":
+            torch.cuda.synchronize()  # the staging is used again at once
+        return out
+
     @torch.inference_mode()
-    def _record(self, graph: DecodeGraph | MixedGraph) -> None:
+    def _record(self, graph: AnyGraph) -> None:
         assert self._recorder is not None, "the graphs were closed"
         start_s = time.perf_counter()
         graph.recording = self._recorder.record(graph.run)

@@ -40,9 +40,25 @@ class PackedRows:
         return int(self.query_start_loc[-1])
 
     @property
+    def num_samples(self) -> int:
+        """S."""
+        return self.rows.size if self.sampling is None else self.sampling.size
+
+    @property
     def is_decode(self) -> bool:
         """Whether every row owes one token and samples the next."""
         return self.max_query_len == 1 and self.sampling is None
+
+    def samples(self) -> tuple[Array, Array, Array]:
+        """The rows that sample, the positions of their new tokens, the indices of their last."""
+        rows, positions, last = self.rows, self.seq_lens, self.query_start_loc[1:] - 1
+        if self.sampling is not None:
+            rows, positions, last = (
+                rows[self.sampling],
+                positions[self.sampling],
+                last[self.sampling],
+            )
+        return rows, positions, last
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +70,7 @@ class SamplePlaces:
     rows_on_device: Tensor  # [S] int64
     positions: Tensor  # [S] int64: index of the token to be sampled, prompt included
     places: Tensor  # [S] int64: the same place in the flat token table
-    logit_indices: Tensor | None = None  # [S] of the T tokens; None: the caller knows
+    logit_indices: Tensor | None = None  # [S] of the T tokens; None: all, or there was no pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +80,6 @@ class InputBatch:
     token_ids: Tensor  # [T] int32
     positions: Tensor  # [T] int64
     meta: AttentionMetadata
-    samples: SamplePlaces | None  # None: no row computes its last token
 
 
 def pack_rows(plan: SchedulerOutput, states: RequestStates) -> PackedRows:
@@ -101,9 +116,18 @@ def build_input_batch(packed: PackedRows, states: RequestStates) -> InputBatch:
 
 
 def locate_samples(packed: PackedRows, states: RequestStates) -> SamplePlaces | None:
-    """Where the rows that sample stand among the step's tokens, and where their tokens go."""
-    places = _sample_places(packed, states)
-    return _samples(packed, states, places, upload_all(places, states.device))
+    """Where the rows that sample stand among the step's tokens, and where their tokens go.
+
+    None when no row computes its last token.
+    """
+    rows, positions, indices = packed.samples()
+    if not rows.size:
+        return None
+    wishes = packed.wishes if packed.sampling is None else states.sampling.union(rows)
+    arrays = [rows, positions, rows * states.tokens.width + positions]
+    if not packed.is_decode:
+        arrays.append(indices)
+    return SamplePlaces(rows, wishes, *upload_all(arrays, states.device))
 
 
 def place_samples(rows: Array, states: RequestStates) -> SamplePlaces:
@@ -113,30 +137,6 @@ def place_samples(rows: Array, states: RequestStates) -> SamplePlaces:
     on_device_rows, on_device_positions, places = upload_all(arrays, states.device)
     return SamplePlaces(
         rows, states.sampling.union(rows), on_device_rows, on_device_positions, places
-    )
-
-
-def _sample_places(packed: PackedRows, states: RequestStates) -> list[Array]:
-    """Rows, positions and flat places of the rows that sample, and their last tokens' indices."""
-    rows, positions = packed.rows, packed.seq_lens
-    ends = packed.query_start_loc[1:]
-    if packed.sampling is not None:
-        rows, positions = rows[packed.sampling], positions[packed.sampling]
-        ends = ends[packed.sampling]
-    indices = ends[:0] if packed.is_decode else ends - 1
-    return [rows, positions, rows * states.tokens.width + positions, indices]
-
-
-def _samples(
-    packed: PackedRows, states: RequestStates, places: list[Array], on_device: list[Tensor]
-) -> SamplePlaces | None:
-    rows = places[0]
-    if not rows.size:
-        return None
-    wishes = packed.wishes if packed.sampling is None else states.sampling.union(rows)
-    on_device_rows, positions, flat_places, indices = on_device
-    return SamplePlaces(
-        rows, wishes, on_device_rows, positions, flat_places, indices if places[3].size else None
     )
 
 
@@ -150,7 +150,6 @@ def _look_up(packed: PackedRows, states: RequestStates) -> InputBatch:
         positions = np.arange(row_of_token.size)
         positions += np.repeat(first_minus_start, packed.num_new_tokens)
     tokens, blocks, block_size = states.tokens, states.blocks, states.block_size
-    sample_places = _sample_places(packed, states)
     on_device = upload_all(
         [
             rows,
@@ -160,7 +159,6 @@ def _look_up(packed: PackedRows, states: RequestStates) -> InputBatch:
             positions % block_size,
             packed.query_start_loc.astype(np.int32),
             seq_lens.astype(np.int32),
-            *sample_places,
         ],
         states.device,
     )
@@ -177,18 +175,13 @@ def _look_up(packed: PackedRows, states: RequestStates) -> InputBatch:
             max_query_len=packed.max_query_len,
             max_seq_len=packed.max_seq_len,
         ),
-        samples=_samples(packed, states, sample_places, on_device[7:]),
     )
 
 
 def _prepare(packed: PackedRows, states: RequestStates) -> InputBatch:
     """With one copy and one kernel."""
-    sample_places = _sample_places(packed, states)
     arrays = [packed.rows, packed.seq_lens, packed.query_start_loc]
-    on_device = upload_all(
-        [*(array.astype(np.int32) for array in arrays), *sample_places], states.device
-    )
-    requests = Requests(*on_device[:3])
+    requests = Requests(*upload_all([array.astype(np.int32) for array in arrays], states.device))
     num_blocks = -(-packed.max_seq_len // states.block_size)
     inputs = empty_inputs(
         packed.num_tokens,
@@ -214,7 +207,6 @@ def _prepare(packed: PackedRows, states: RequestStates) -> InputBatch:
             max_query_len=packed.max_query_len,
             max_seq_len=packed.max_seq_len,
         ),
-        samples=_samples(packed, states, sample_places, on_device[3:]),
     )
 
 

@@ -15,7 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from executor.cuda_graphs import DecodeGraph, GraphSizes, Parts, Recorder, StepGraphs
+from executor.cuda_graphs import (
+    DecodeGraph,
+    DrawGraph,
+    GraphSizes,
+    Parts,
+    Recorder,
+    StepGraphs,
+    take_away,
+)
 from executor.input_batch import (
     PackedRows,
     SamplePlaces,
@@ -200,44 +208,54 @@ class ModelRunner:
         self._states.apply(plan)
 
     def _forward(self, plan: SchedulerOutput, step: PendingStep) -> None:
-        states = self._states
+        states, graphs = self._states, self.graphs
         packed = pack_rows(plan, states)
-        graph = None if self.graphs is None else self.graphs.choose(packed)
+        graph = None if graphs is None else graphs.choose(packed)
         if isinstance(graph, DecodeGraph):
-            self._decode(graph, packed, step)
+            states.sampling.flush()
+            logits = graph.launch(packed, step.staging)
+            states.advance(packed.rows, 1)
+            self._take_drawn(graph, packed, logits, step)
             return
         if graph is None:
             batch = build_input_batch(packed, states)
             hidden = self._model.forward(
                 batch.token_ids, batch.positions, self._kv_cache.layers, batch.meta
             )
-            samples = batch.samples
         else:
             hidden = graph.launch(packed, step.staging)
-            samples = locate_samples(packed, states)
         if packed.wishes & Wish.PROMPT_LOGPROBS:
             step.prompt_logprobs = prompt_logprobs(
                 packed, states, hidden, self._model.compute_logits
             )
         states.advance(packed.rows, packed.num_new_tokens)
-        if samples is None:
+        if not packed.num_samples:
             return
-        if samples.logit_indices is not None:
-            hidden = hidden.index_select(0, samples.logit_indices)
-        self._sample(self._model.compute_logits(hidden), samples, step)
+        draws = None if graphs is None else graphs.choose_draws(packed.num_samples, hidden)
+        if draws is None:
+            self._sample_eagerly(packed, hidden, step)
+        else:
+            states.sampling.flush()
+            logits = draws.launch(packed, step.staging, hidden)
+            self._take_drawn(draws, packed, logits, step)
 
-    def _decode(self, graph: DecodeGraph, packed: PackedRows, step: PendingStep) -> None:
-        """Launch the recorded step; rows that want more than its draw are drawn once more."""
+    def _take_drawn(
+        self, graph: DecodeGraph | DrawGraph, packed: PackedRows, logits: Tensor, step: PendingStep
+    ) -> None:
+        """Queue the way of recorded draws to the host; draw again what wants more than a draw.
+
+        Args:
+            logits: [>= S, V], raw, until the next launch.
+        """
         states = self._states
-        states.sampling.flush()
-        logits = graph.launch(packed, step.staging)
-        states.advance(packed.rows, 1)
-        rows = packed.rows
-        if not packed.wishes & MORE_THAN_DRAWN:
+        rows, _, _ = packed.samples()
+        asking = rows[:0]
+        if packed.wishes & MORE_THAN_DRAWN:
+            asking = states.sampling.rows_with(rows, MORE_THAN_DRAWN)
+        if not asking.size:
             states.num_tokens[rows] += 1
-            step.samples.append(PendingSample(rows, graph.take_away(step.staging)))
+            step.samples.append(PendingSample(rows, take_away(graph, step.staging)))
             return
-        asking = states.sampling.rows_with(rows, MORE_THAN_DRAWN)
         states.num_tokens[np.delete(rows, asking)] += 1
         logits = logits.index_select(0, upload(asking, states.device))
         staying = self._send_out(logits, rows[asking], step)
@@ -249,13 +267,23 @@ class ModelRunner:
             on_device = upload(again, states.device)
             graph.views.result.index_copy_(1, on_device, drawn.result.to(torch.int32))
         columns = np.delete(np.arange(rows.size), np.delete(asking, staying))
-        result = graph.take_away(step.staging)
+        result = take_away(graph, step.staging)
         step.samples.append(
             PendingSample(rows[columns], result, columns, drawn.logprobs_rows, drawn.logprobs)
         )
 
-    def _sample(self, logits: Tensor, places: SamplePlaces, step: PendingStep) -> None:
-        """Sample the rows of a step, but for those whose logits must leave first."""
+    def _sample_eagerly(self, packed: PackedRows, hidden: Tensor, step: PendingStep) -> None:
+        """Sample the rows that computed their last token, but for those whose logits must leave.
+
+        Args:
+            hidden: [T, H].
+        """
+        places = locate_samples(packed, self._states)
+        if places is None:
+            return
+        if places.logit_indices is not None:
+            hidden = hidden.index_select(0, places.logit_indices)
+        logits = self._model.compute_logits(hidden)
         if places.wishes & Wish.PROCESSORS:
             staying = self._send_out(logits, places.rows, step)
             if not staying.size:

@@ -28,7 +28,7 @@ class Staging:
 
     def __init__(self, max_requests: int, device: torch.device) -> None:
         is_cuda = device.type == "cuda"
-        self.up = torch.zeros(3 * _aligned(max_requests + 1), dtype=torch.int32, pin_memory=is_cuda)
+        self.up = torch.zeros(_num_staged(max_requests), dtype=torch.int32, pin_memory=is_cuda)
         self.down = torch.zeros(2 * max_requests, dtype=torch.int32, pin_memory=is_cuda)
         self.up_array: NDArray[np.int32] = self.up.numpy()
         self.down_array: NDArray[np.int32] = self.down.numpy()
@@ -74,6 +74,7 @@ class StepViews:
     """One size of recorded step: its part of the buffers."""
 
     staged: Tensor  # [n] int32: all that the host brings
+    staged_at: int  # where it starts, on the device and in a staging
     requests: Requests  # in ``staged``; a decode step's queries start at fixed places
     inputs: PackedInputs
     draws: Draws
@@ -89,8 +90,10 @@ class StepBuffers:
         device = states.device
         num_columns = _aligned(-(-max_seq_len // states.block_size))
         self._padding_row = states.padding_row
-        self._staged = torch.zeros(3 * _aligned(max_requests + 1), dtype=torch.int32, device=device)
+        self._max_requests = max_requests
+        self._staged = torch.zeros(_num_staged(max_requests), dtype=torch.int32, device=device)
         self._one_each = torch.arange(max_requests + 1, dtype=torch.int32, device=device)
+        self._no_tokens = torch.zeros_like(self._one_each)
         self._inputs = empty_inputs(max_tokens, max_requests, num_columns, device)
         for tensor in self._inputs:
             tensor.zero_()
@@ -109,7 +112,7 @@ class StepBuffers:
             self._staged[second : second + size],
             self._one_each[: size + 1],
         )
-        return self._views(self._staged[: second + size], requests, size, size)
+        return self._views((0, second + size), requests, size, size)
 
     def mixed_views(self, num_requests: int, num_tokens: int) -> StepViews:
         """For up to so many requests, and so many tokens among them."""
@@ -118,7 +121,14 @@ class StepBuffers:
         requests = Requests(
             *(self._staged[i * stride : end] for i, end in enumerate(ends)),
         )
-        return self._views(self._staged[: ends[-1]], requests, num_requests, num_tokens)
+        return self._views((0, ends[-1]), requests, num_requests, num_tokens)
+
+    def draw_views(self, size: int) -> tuple[StepViews, Tensor]:
+        """For ``size`` draws without a forward pass, and [size] where their hidden states are."""
+        start, apart = _draws_at(self._max_requests), _aligned(size)
+        parts = [self._staged[start + i * apart :][:size] for i in range(3)]
+        requests = Requests(parts[0], parts[1], self._no_tokens[: size + 1])
+        return self._views((start, start + 2 * apart + size), requests, size, 0), parts[2]
 
     def fill_decode(self, size: int, packed: PackedRows, out: NDArray[np.int32]) -> None:
         """Write what ``decode_views(size).staged`` shall hold; free places are padded."""
@@ -142,6 +152,16 @@ class StepBuffers:
         starts[: num_rows + 1] = packed.query_start_loc
         starts[num_rows + 1 :] = packed.num_tokens
 
+    def fill_draws(self, size: int, packed: PackedRows, out: NDArray[np.int32]) -> None:
+        """Write what ``draw_views(size).staged`` shall hold; free places are padded."""
+        start, apart = _draws_at(self._max_requests), _aligned(size)
+        for i, (values, padding) in enumerate(
+            zip(packed.samples(), (self._padding_row, 1, 0), strict=True)
+        ):
+            part = out[start + i * apart :][:size]
+            part[: values.size] = values
+            part[values.size :] = padding
+
     def nobody(self) -> PackedRows:
         """A step of one token that belongs to nobody, to record with."""
         one = np.ones(1, dtype=np.int64)
@@ -157,11 +177,12 @@ class StepBuffers:
         )
 
     def _views(
-        self, staged: Tensor, requests: Requests, num_requests: int, num_tokens: int
+        self, staged: tuple[int, int], requests: Requests, num_requests: int, num_tokens: int
     ) -> StepViews:
         inputs = self._inputs
         return StepViews(
-            staged=staged,
+            staged=self._staged[slice(*staged)],
+            staged_at=staged[0],
             requests=requests,
             inputs=PackedInputs(
                 inputs.token_ids[:num_tokens],
@@ -172,6 +193,15 @@ class StepBuffers:
             draws=Draws(*(tensor[:num_requests] for tensor in self._draws)),
             result=self._result[: 2 * num_requests].view(2, num_requests),
         )
+
+
+def _num_staged(max_requests: int) -> int:
+    """Room for a mixed step, and behind it for its draws."""
+    return _draws_at(max_requests) + 3 * _aligned(max_requests)
+
+
+def _draws_at(max_requests: int) -> int:
+    return 3 * _aligned(max_requests + 1)
 
 
 def _aligned(count: int) -> int:

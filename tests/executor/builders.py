@@ -69,9 +69,9 @@ class PlainRecorder:
         self.num_rehearsed = 0
         self.num_recorded = 0
 
-    def rehearse(self, run: Callable[[], torch.Tensor]) -> None:
+    def rehearse(self, run: Callable[[], torch.Tensor]) -> torch.Tensor:
         self.num_rehearsed += 1
-        run()
+        return run()
 
     def record(self, run: Callable[[], torch.Tensor]) -> Recording:
         self.num_recorded += 1

@@ -80,8 +80,8 @@ def test_a_plan_counts_every_graph_and_their_temporaries() -> None:
 
     one, more = GraphPlan(small, 0), GraphPlan(SIZES, 1000)
 
-    num_graphs = len(SIZES.decode) + len(SIZES.mixed)
-    assert more.num_bytes == num_graphs * one.num_bytes // 2 + 1000
+    num_graphs = 2 * len(SIZES.decode) + len(SIZES.mixed)
+    assert more.num_bytes == num_graphs * one.num_bytes // 3 + 1000
 
 
 def test_a_step_takes_the_smallest_size_that_holds_it() -> None:
@@ -113,26 +113,37 @@ def test_a_step_takes_the_smallest_size_that_holds_it() -> None:
     assert choose([0, 1]) is None, "a context beyond what is captured"
 
 
-def test_a_decode_size_is_recorded_when_needed_and_others_only_in_idle_moments() -> None:
+def test_sizes_are_recorded_when_needed_and_those_of_prompts_only_in_idle_moments() -> None:
     rig = Rig(graphs=SIZES)
     graphs = rig.runner.graphs
     assert graphs is not None
     graphs.rehearse()
     graphs.record_first()
-    num_sizes = len(SIZES.decode) + len(SIZES.mixed)
-    assert (rig.recorder.num_rehearsed, rig.recorder.num_recorded) == (num_sizes, 4)
+    num_sizes = 2 * len(SIZES.decode) + len(SIZES.mixed)
+    assert (rig.recorder.num_rehearsed, rig.recorder.num_recorded) == (num_sizes, 5)
 
-    rig.prefill([1, 2], [3, 4])
-    assert rig.recorder.num_recorded == 4, "a prompt's size is left for later"
+    rig.prefill([1, 2])
+    assert rig.recorder.num_recorded == 5, "a prompt's size is left for later"
     while graphs.record_next():
         pass
     assert rig.recorder.num_recorded == num_sizes
 
     again = Rig(graphs=SIZES)
     again.prefill([1, 2], [3, 4], [5])
+    assert again.recorder.num_recorded == 1, "the draws"
     again.step(make_plan([0, 1, 2]))
     again.step(make_plan([0, 1, 2]))
-    assert again.recorder.num_recorded == 1
+    assert again.recorder.num_recorded == 2
+
+
+def test_graphs_made_anew_need_no_rehearsal() -> None:
+    rig = Rig(graphs=SIZES)
+    assert rig.runner.graphs is not None
+
+    rig.runner.graphs.record_first()
+
+    assert (rig.recorder.num_rehearsed, rig.recorder.num_recorded) == (1, 5)
+    assert rig.prefill([1, 2]).sampled_token_ids == [next_token([1, 2])]
 
 
 def test_rehearsals_leave_nothing_behind() -> None:

@@ -5,7 +5,12 @@ import random
 import numpy as np
 import pytest
 
-from executor.input_batch import build_input_batch, pack_rows, place_samples
+from executor.input_batch import (
+    build_input_batch,
+    locate_samples,
+    pack_rows,
+    place_samples,
+)
 from executor.request_states import RequestStates
 from tests.executor.builders import make_new_row, make_plan, make_states
 
@@ -64,15 +69,17 @@ def test_every_vector_equals_a_loop_over_requests(seed: int) -> None:
         table = batch.meta.block_table[i].tolist()
         assert table[: len(block_ids[row])] == block_ids[row][: len(table)]
         assert not any(table[len(block_ids[row]) :])
+    places = locate_samples(packed, states)
+    assert packed.num_samples == len(samples)
     if samples:
-        assert batch.samples is not None
-        assert batch.samples.rows.tolist() == [row for row, _, _ in samples]
-        assert batch.samples.positions.tolist() == [position for _, _, position in samples]
-        indices = batch.samples.logit_indices
+        assert places is not None
+        assert places.rows.tolist() == [row for row, _, _ in samples]
+        assert places.positions.tolist() == [position for _, _, position in samples]
+        indices = places.logit_indices
         indices = range(len(positions)) if indices is None else indices.tolist()
         assert list(indices) == [index for _, index, _ in samples]
     else:
-        assert batch.samples is None
+        assert places is None
 
 
 def test_decode_is_one_token_for_each_row_and_needs_no_picking() -> None:
@@ -83,11 +90,13 @@ def test_decode_is_one_token_for_each_row_and_needs_no_picking() -> None:
         )
     )
 
-    short = build_input_batch(pack_rows(make_plan([2, 0]), states), states)
+    packed = pack_rows(make_plan([2, 0]), states)
+    short = build_input_batch(packed, states)
     spelled_out = build_input_batch(pack_rows(make_plan([2, 0], [1, 1]), states), states)
+    places = locate_samples(packed, states)
 
-    assert short.samples is not None
-    assert short.samples.logit_indices is None
+    assert places is not None
+    assert places.logit_indices is None
     assert short.meta.max_query_len == 1
     for batch in (short, spelled_out):
         assert batch.token_ids.tolist() == [9, 7]
