@@ -30,6 +30,11 @@ def loop_constants(
     }
 
 
+def padded_batch(num_requests: int) -> int:
+    """How many requests a program looks at in one go: few sizes, so that few are compiled."""
+    return 256 if num_requests <= 256 else max(1024, triton.next_power_of_2(num_requests))
+
+
 @triton.jit
 def attend_keys(  # type: ignore[no-untyped-def]
     q,  # [ROWS, BLOCK_D]

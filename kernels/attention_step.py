@@ -1,5 +1,6 @@
 """What one call of paged attention is about: where the tokens are, and what a score becomes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -24,6 +25,13 @@ class Options(NamedTuple):
     soft_cap: float | None
 
 
+class StepLengths(NamedTuple):
+    """``query_start_loc`` and ``seq_lens`` as the host knows them."""
+
+    query_start_loc: Sequence[int]
+    seq_lens: Sequence[int]
+
+
 @dataclass(frozen=True, slots=True)
 class StepMemo:
     """What the layers of one step share: the first to need it works it out, the others find it.
@@ -32,3 +40,5 @@ class StepMemo:
     """
 
     entries: dict[Any, Any] = field(default_factory=dict)
+    # None where they are not known beforehand: in a recorded step, which serves any lengths.
+    lengths: StepLengths | None = None

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from kernels.attend_keys import attend_keys, loop_constants
+from kernels.attend_keys import attend_keys, loop_constants, padded_batch
 from kernels.attention_step import Options, Step, StepMemo
 
 _UNIT = tl.constexpr(16)  # keys
@@ -102,7 +102,7 @@ def decode_attention_triton(
         options.sliding_window or 0,
         ROWS=max(16, padded_group),
         PADDED_GROUP=padded_group,
-        BLOCK_B=_padded_batch(B),
+        BLOCK_B=padded_batch(B),
         MERGE=max(1, min(64, 2048 * tiles.num_warps // (padded_group * block_d))),
         PDL=not interpret,
         **loop_constants(key_cache, group, options, block_d, tiles.num_keys),
@@ -153,15 +153,10 @@ def make_plan(
         NUM_KV_HEADS=K,
         MIN_RANGE=_MIN_RANGE_UNITS,
         HAS_WINDOW=sliding_window is not None,
-        BLOCK_B=_padded_batch(B),
+        BLOCK_B=padded_batch(B),
         num_warps=8,
     )
     return plan
-
-
-def _padded_batch(num_requests: int) -> int:
-    """Few sizes, so that few variants are compiled."""
-    return 256 if num_requests <= 256 else max(1024, triton.next_power_of_2(num_requests))
 
 
 def _num_multiprocessors(device: torch.device) -> int:

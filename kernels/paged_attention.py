@@ -11,10 +11,14 @@ Sources: Kwon et al., "PagedAttention", arXiv:2309.06180; Dao, "FlashAttention-2
 arXiv:2307.08691; for split keys "Flash-Decoding", https://pytorch.org/blog/flash-decoding.
 """
 
+from itertools import pairwise
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from kernels.attention_step import Options, Step, StepMemo
+from kernels.cudnn_attention import Share, attend_share, can_serve, find_shares
 from kernels.decode_attention import decode_attention_triton
 from kernels.paged_attention_cpu import paged_attention_cpu
 from kernels.prefill_attention import prefill_attention_triton
@@ -72,10 +76,18 @@ def paged_attention(
         return paged_attention_cpu(q, key_cache, value_cache, step, options, memo)
     if max_query_len <= 1:
         return decode_attention_triton(q, key_cache, value_cache, step, options, memo)
-    return mixed_attention_triton(q, key_cache, value_cache, step, options, memo)
+    return mixed_attention(q, key_cache, value_cache, step, options, memo)
 
 
-def mixed_attention_triton(
+class _Division(NamedTuple):
+    """Which kernels a step of several queries needs."""
+
+    shares: list[Share]  # for cuDNN
+    may_have_single: bool  # requests of one query
+    may_have_others: bool  # queries that are neither
+
+
+def mixed_attention(
     q: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
@@ -83,14 +95,46 @@ def mixed_attention_triton(
     options: Options,
     memo: StepMemo | None = None,
 ) -> Tensor:
-    """Serve requests of one query and the others each by the kernel that suits them."""
-    if step.seq_lens.shape[0] == 1:
-        return prefill_attention_triton(q, key_cache, value_cache, step, options)
+    """Serve requests of one query, long prompts and all others each by what suits them."""
+    division = _divide(q, step, options, memo)
+    shares = division.shares
+    if len(shares) == 1 and shares[0].num_queries == q.shape[0]:
+        return attend_share(q, key_cache, value_cache, shares[0], step, options.scale)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    decode_attention_triton(q, key_cache, value_cache, step, options, memo, out=out)
-    return prefill_attention_triton(
-        q, key_cache, value_cache, step, options, out=out, skip_single=True
-    )
+    if division.may_have_single:
+        decode_attention_triton(q, key_cache, value_cache, step, options, memo, out=out)
+    if division.may_have_others:
+        prefill_attention_triton(
+            q,
+            key_cache,
+            value_cache,
+            step,
+            options,
+            out=out,
+            skip_single=division.may_have_single,
+            skip_shares=bool(shares),
+        )
+    for share in shares:
+        attend_share(q, key_cache, value_cache, share, step, options.scale, out=out)
+    return out
+
+
+def _divide(q: Tensor, step: Step, options: Options, memo: StepMemo | None) -> _Division:
+    if memo is None or memo.lengths is None:
+        return _Division([], step.seq_lens.shape[0] > 1, True)
+    can_share = can_serve(q, options)
+    key = ("division", can_share)
+    if key not in memo.entries:
+        starts = list(memo.lengths.query_start_loc)
+        query_lens = [end - start for start, end in pairwise(starts)]
+        shares = find_shares(memo.lengths) if can_share else []
+        num_single = query_lens.count(1)
+        num_shared = sum(share.num_queries for share in shares)
+        memo.entries[key] = _Division(
+            shares, num_single > 0, num_single + num_shared < sum(query_lens)
+        )
+    division: _Division = memo.entries[key]
+    return division
 
 
 def _check_tensors(q: Tensor, key_cache: Tensor, value_cache: Tensor) -> None:

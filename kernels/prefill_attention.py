@@ -2,7 +2,8 @@
 
 One program takes a tile of queries of one request, for one key head, and meets all their keys.
 The grid depends on the number of tokens and requests alone, so a step can be captured. Requests of
-one query may be left out: ``decode_attention`` serves them better.
+one query may be left out: ``decode_attention`` serves them better; and so may the share of a long
+prompt that ``cudnn_attention`` takes.
 Shapes: T packed tokens, B requests, N query heads, K key/value heads, D head size, G = N / K.
 """
 
@@ -12,9 +13,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
-from kernels.attend_keys import attend_keys, loop_constants
+from kernels.attend_keys import attend_keys, loop_constants, padded_batch
 from kernels.attention_step import Options, Step
+from kernels.cudnn_attention import GRAIN, MIN_QUERIES, num_served
 
 
 class PrefillTiles(NamedTuple):
@@ -47,6 +50,7 @@ def prefill_attention_triton(
     *,
     out: Tensor | None = None,
     skip_single: bool = False,
+    skip_shares: bool = False,
     tiles: PrefillTiles | None = None,
 ) -> Tensor:
     """Return [T, N, D], for any mix of requests.
@@ -54,6 +58,7 @@ def prefill_attention_triton(
     Args:
         out: [T, N, D], contiguous, to be written to; made here if None.
         skip_single: leave the rows of requests with one query as they are.
+        skip_shares: likewise those of ``find_shares``, up to a tile's queries at their end.
         tiles: another choice than the pinned one.
     """
     T, N, D = q.shape
@@ -63,7 +68,7 @@ def prefill_attention_triton(
     if T == 0 or B == 0 or N == 0:
         return out
     tiles = tiles or tiles_for(D, q.element_size())
-    group = N // K
+    group, interpret = N // K, knobs.runtime.interpret
     rows = min(tiles.max_rows, triton.next_power_of_2(step.max_query_len * group))
     rows = max(16, rows, triton.next_power_of_2(group))
     queries = rows // group  # per tile
@@ -81,19 +86,32 @@ def prefill_attention_triton(
         options.scale,
         options.soft_cap or 0.0,
         options.sliding_window or 0,
+        1 if skip_single else 0,
+        MIN_QUERIES if skip_shares else 2**30,
         TILE_QUERIES=queries,
         ROWS=rows,
-        SKIP_SINGLE=skip_single,
+        GRAIN=GRAIN,
+        BLOCK_B=padded_batch(B),
+        PDL=not interpret,
         **loop_constants(
             key_cache, group, options, max(16, triton.next_power_of_2(D)), tiles.num_keys
         ),
         num_warps=max(tiles.num_warps, 8 if rows >= 128 else 4),
         num_stages=tiles.num_stages,
+        launch_pdl=not interpret,
     )
     return out
 
 
-@triton.jit(do_not_specialize=["num_requests", "block_table_stride", "sliding_window"])
+@triton.jit(
+    do_not_specialize=[
+        "num_requests",
+        "block_table_stride",
+        "sliding_window",
+        "skip_single",
+        "min_shared",
+    ]
+)
 def _prefill_kernel(  # type: ignore[no-untyped-def]
     q_ptr,
     key_cache_ptr,
@@ -108,9 +126,13 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     scale,
     soft_cap,
     sliding_window,
+    skip_single,
+    min_shared,
     TILE_QUERIES: tl.constexpr,
     ROWS: tl.constexpr,
-    SKIP_SINGLE: tl.constexpr,
+    GRAIN: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    PDL: tl.constexpr,
     GROUP: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -121,28 +143,24 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
     HAS_WINDOW: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    tile = tl.program_id(0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest of a prompt first
     kv_head = tl.program_id(1)
     # Request b owns the tiles from query_start_loc[b] // TILE_QUERIES + b on: never fewer than
     # it needs, and known without a look at the other requests. Find the last b that starts here
     # or before.
-    b = tile * 0
-    after = num_requests
-    while after - b > 1:
-        middle = (b + after) // 2
-        starts_at = tl.load(query_start_loc_ptr + middle) // TILE_QUERIES + middle
-        if starts_at <= tile:
-            b = middle
-        else:
-            after = middle
+    ids = tl.arange(0, BLOCK_B)
+    starts = tl.load(query_start_loc_ptr + ids, ids < num_requests, other=2**30)
+    b = tl.sum((starts // TILE_QUERIES + ids <= tile).to(tl.int32), axis=0) - 1
     query_start = tl.load(query_start_loc_ptr + b)
     query_len = tl.load(query_start_loc_ptr + b + 1) - query_start
     first_query = (tile - query_start // TILE_QUERIES - b) * TILE_QUERIES
-    is_wanted = first_query < query_len
-    if SKIP_SINGLE:
-        is_wanted = is_wanted & (query_len > 1)
-    if is_wanted:
-        seq_len = tl.load(seq_lens_ptr + b)
+    seq_len = tl.load(seq_lens_ptr + b)
+    is_wanted = (first_query < query_len) & (query_len > skip_single)
+    served = num_served(query_len, seq_len, min_shared, GRAIN)
+    if is_wanted & (first_query + TILE_QUERIES > served):
         rows = tl.arange(0, ROWS)
         queries = first_query + rows // GROUP
         row_mask = (rows < TILE_QUERIES * GROUP) & (queries < query_len)

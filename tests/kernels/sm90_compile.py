@@ -16,6 +16,7 @@ from triton.runtime.jit import JITFunction
 
 from kernels import (
     activation,
+    cudnn_attention,
     decode_attention,
     gumbel,
     logits,
@@ -108,12 +109,15 @@ def compile_attention(dtype: torch.dtype, head_dim: int, options: Options) -> No
         q = torch.zeros(queries + 1, 8, head_dim, dtype=dtype)
         starts = torch.tensor([0, queries, queries + 1], dtype=torch.int32)
         mixed = Step(table, starts, lens, queries, 600)
-        paged_attention.mixed_attention_triton(q, cache, cache, mixed, options)
+        paged_attention.mixed_attention(q, cache, cache, mixed, options)
     alone = Step(table[:1], starts[:2], lens[:1], 2, 600)
-    paged_attention.mixed_attention_triton(q[:2], cache, cache, alone, options)
+    paged_attention.mixed_attention(q[:2], cache, cache, alone, options)
     decode, memo = Step(table, torch.arange(3, dtype=torch.int32), lens, 1, 600), StepMemo()
     for _ in range(2):  # the second layer is launched in another way
         decode_attention.decode_attention_triton(q[:2], cache, cache, decode, options, memo)
+    cudnn_attention.gather_keys(cache, cache, table[0], num_keys=20)
+    part = q[:2], torch.zeros(8, 2)
+    cudnn_attention.merge_results(part, part, q[:2], num_ahead=0)
 
 
 def compile_logits() -> None:

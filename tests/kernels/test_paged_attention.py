@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from kernels.attention_step import Options, Step
 from kernels.decode_attention import decode_attention_triton
 from kernels.paged_attention import (
-    mixed_attention_triton,
+    mixed_attention,
     paged_attention,
     paged_attention_reference,
 )
@@ -69,9 +69,7 @@ def test_mixed_batch_equals_definition(
     )
     options = Options(head_dim**-0.5, None, None)
 
-    assert_close(
-        mixed_attention_triton(*inputs, options), paged_attention_reference(*inputs, options)
-    )
+    assert_close(mixed_attention(*inputs, options), paged_attention_reference(*inputs, options))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +79,7 @@ def test_window_and_cap_equal_definition(options: Options) -> None:
     mixed = attention_inputs([5, 1, 18], [35, 20, 40], heads=(3, 1), head_dim=20, block_size=8)
     decode = attention_inputs([1, 1], [35, 3], heads=(3, 1), head_dim=20, block_size=8)
 
-    for inputs, run in ((mixed, mixed_attention_triton), (decode, decode_attention_triton)):
+    for inputs, run in ((mixed, mixed_attention), (decode, decode_attention_triton)):
         assert_close(run(*inputs, options), paged_attention_reference(*inputs, options))
 
 
