@@ -124,12 +124,7 @@ class OutputProcessor:
             if before_s is not None:
                 moved[output.req_id] = state
                 if iteration is not None:
-                    num_new = len(output.new_token_ids)
-                    iteration.num_generation_tokens += num_new
-                    if num_new == 1 and before_s <= now_s:
-                        iteration.inter_token_latency_s.append(now_s - before_s)
-                    else:
-                        _add_gaps(iteration, num_new, now_s - before_s)
+                    iteration.add_later_tokens(len(output.new_token_ids), now_s - before_s)
             elif self._take_in(state, output, now_s, result):
                 moved[output.req_id] = state
         for row in message.logits_rows:
@@ -308,22 +303,15 @@ def _count_tokens(
     now_s: float,
     last_token_s: float,
 ) -> None:
-    iteration.num_generation_tokens += num_new
-    num_later = num_new
     if is_first:
+        iteration.num_generation_tokens += 1
         iteration.num_prompt_tokens += len(state.entry.request.prompt_token_ids)
         iteration.time_to_first_token_s.append(max(0.0, now_s - state.metrics.arrival_time))
-        num_later -= 1
-    if last_token_s and num_later:
-        _add_gaps(iteration, num_later, now_s - last_token_s)
-
-
-def _add_gaps(iteration: IterationStats, num_later: int, since_s: float) -> None:
-    """Note the gaps of tokens that came together, ``since_s`` after those before them.
-
-    A clock may jump back.
-    """
-    iteration.inter_token_latency_s.extend([max(0.0, since_s) / num_later] * num_later)
+        num_new -= 1
+    if num_new and last_token_s:
+        iteration.add_later_tokens(num_new, now_s - last_token_s)
+    else:
+        iteration.num_generation_tokens += num_new
 
 
 def _gap(start_s: float | None, end_s: float | None) -> float | None:

@@ -56,9 +56,11 @@ class BranchState:
     last_token_time_s: float = 0.0
 
     def plain_detokenizer(self) -> Callable[[Sequence[int]], str] | None:
-        """The detokeniser, where text as it comes is all that the tokens lead to."""
+        """The detokeniser, where text as it comes is all that further tokens lead to."""
+        if self.detokenizer is None or self.finish_reason is not None:
+            return None
         has_more = self.matcher is not None or self.cumulative_logprob is not None
-        return None if has_more or self.detokenizer is None else self.detokenizer.append
+        return None if has_more else self.detokenizer.append
 
     def append(self, ids: list[int], output: EngineOutput, params: SamplingParams) -> int:
         """Take in new tokens; return how many count, less than all after a stop string."""
@@ -164,8 +166,7 @@ class RequestState:
         elif output.finish_reason is not None:
             self._finish_branch(branch, output.finish_reason, output.stop_reason, now_s)
         self.is_news = True
-        if branch.append_plain is None and branch.finish_reason is None:
-            branch.append_plain = branch.plain_detokenizer()
+        branch.append_plain = branch.plain_detokenizer()
         return num_new
 
     def append_plain(self, output: EngineOutput, now_s: float) -> float | None:

@@ -67,6 +67,15 @@ class IterationStats:
     finished: list[FinishedRequestStats] = field(default_factory=list)
     corrupted_requests: int = 0  # requests that met a logits row that is not finite
 
+    def add_later_tokens(self, num_tokens: int, since_s: float) -> None:
+        """Count tokens that came together, ``since_s`` after the ones before them."""
+        self.num_generation_tokens += num_tokens
+        since_s = since_s if since_s > 0.0 else 0.0  # a wall clock may jump back
+        if num_tokens == 1:
+            self.inter_token_latency_s.append(since_s)
+        elif num_tokens:
+            self.inter_token_latency_s.extend([since_s / num_tokens] * num_tokens)
+
 
 class StatLogger(Protocol):
     """Gets every record. ``record`` runs on the event loop: it must be quick."""

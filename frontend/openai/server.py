@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
-GC_THRESHOLD = 20_000  # tokens make short-lived objects without cycles; look at them rarely
+GC_THRESHOLDS = (50_000, 50, 100)  # in case the server is never idle
+TICKS_PER_GC = 10  # idle for a second at most before garbage is collected
 TICKS_PER_STATS_LINE = 100  # ten seconds: what the last requests did is said soon, not at the next
 GRACE_AFTER_DRAIN_S = 5.0
 GRACE_AFTER_DEATH_S = 1.0  # open requests still get their error
@@ -124,6 +125,7 @@ class HttpServer(uvicorn.Server):
         self._drain_until: float | None = None
         self._dead_since: float | None = None
         self._has_aborted = False
+        self._num_collected = 0  # requests whose garbage was collected
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by the interpreter at SIGINT and SIGTERM."""
@@ -140,11 +142,20 @@ class HttpServer(uvicorn.Server):
         """Ten times a second: whether to stop."""
         if counter % TICKS_PER_STATS_LINE == TICKS_PER_STATS_LINE - 1:
             await self._state.engine.do_log_stats()
+        if counter % TICKS_PER_GC == TICKS_PER_GC - 1:
+            self._collect_garbage()
         if self._drain_until is not None and not self.should_exit:
             await self._drain(self._drain_until)
         elif self._state.engine.errored:
             self._leave_dead_engine()
         return await super().on_tick(counter)
+
+    def _collect_garbage(self) -> None:
+        """Look for the garbage of answered requests while no stream is held up by it."""
+        num_requests = self.server_state.total_requests
+        if self._state.num_open == 0 and num_requests != self._num_collected:
+            self._num_collected = num_requests
+            gc.collect()
 
     async def _drain(self, until: float) -> None:
         now = time.monotonic()
@@ -181,15 +192,23 @@ async def serve(
         state = make_state(engine, options, metrics, created=int(time.time()))
         app = build_app(state, listen.cors, listen.middleware)
         server = HttpServer(uvicorn_config(app, listen), state, listen.shutdown_timeout)
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(GC_THRESHOLD)
+        settle_garbage_collection()
         logger.info("serving %s on %s", state.model_name, _where(listener))
         await server.serve(sockets=[listener])
         is_clean = not server.force_exit
         return server.exit_code
     finally:
         engine.shutdown(timeout=GRACE_AFTER_DRAIN_S if is_clean else 1.0)
+
+
+def settle_garbage_collection() -> None:
+    """Take what start-up made out of the collector's sight, and make it run seldom.
+
+    Tokens make short-lived objects without cycles: there is nothing to find among them.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
 
 
 async def _ready_or_signal(engine: "AsyncLLM") -> bool:

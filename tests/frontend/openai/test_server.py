@@ -1,6 +1,7 @@
 """A server as a process of its own, on the scripted engine: sockets, signals, exit codes, TLS."""
 
 import asyncio
+import gc
 import http.client
 import json
 import select
@@ -346,3 +347,30 @@ def test_the_stat_loggers_write_every_ten_seconds_whether_or_not_the_engine_step
         return engine.num_stats_lines
 
     assert asyncio.run(tick()) == 2
+
+
+def test_garbage_is_collected_while_nobody_waits_and_only_where_there_is_some() -> None:
+    collections: list[str] = []
+
+    def note(phase: str, details: dict[str, int]) -> None:
+        if phase == "start" and details["generation"] == 2:
+            collections.append(phase)
+
+    async def tick(num_requests: int, num_open: int) -> int:
+        _, state, app = make_server()
+        server = HttpServer(uvicorn_config(app, ListenOptions()), state, 30.0)
+        server.server_state.total_requests, state.num_open = num_requests, num_open
+        collections.clear()
+        for counter in range(50):
+            assert not await server.on_tick(counter)
+        return len(collections)
+
+    gc.callbacks.append(note)
+    gc.disable()  # only what the server asks for
+    try:
+        assert asyncio.run(tick(num_requests=3, num_open=0)) == 1
+        assert asyncio.run(tick(num_requests=3, num_open=1)) == 0
+        assert asyncio.run(tick(num_requests=0, num_open=0)) == 0
+    finally:
+        gc.enable()
+        gc.callbacks.remove(note)
