@@ -135,8 +135,6 @@ def run_latency(args: argparse.Namespace, report: "Report") -> None:
             engine_options(args, max(batch, 8)), in_process=args.in_process
         )
         try:
-            warm = Work(prompts=work.prompts, output_lens=[8] * len(work.prompts))
-            bench_offline.run_requests(engine, warm)
             result = bench_offline.measure_decode(engine, work)
         finally:
             engine.shutdown()

@@ -168,6 +168,7 @@ class Suite:
             for batch in (1, min(64, self._sizes.max_num_seqs)):
                 work = bench_workload.fixed(batch, 32, 8, self._model.id_range)
                 bench_offline.run_requests(engine, work)
+            time.sleep(self._sizes.settle_s)
             yield engine
         finally:
             engine.shutdown()
@@ -205,6 +206,7 @@ class Suite:
                 started = {"ready_s": server.ready_s, "first_answer_s": server.first_answer_s}
                 self._record("serve.startup", started, 0)
                 measure_serving(server, self._load(server, rate=16, duration_s=1.0))
+                time.sleep(self._sizes.settle_s)
                 for round in range(self._options.rounds):
                     for rate in rates:
                         name = f"serve.rate{rate:g}"

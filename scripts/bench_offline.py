@@ -79,7 +79,8 @@ def follow_step(engine: LLMEngine, timeline: Timeline) -> None:
 
 
 def measure_decode(engine: LLMEngine, work: Work) -> Result:
-    """N requests at once; steady from everyone's first token to the first end."""
+    """N requests at once, after a few steps of the same; steady from all begun to the first end."""
+    run_requests(engine, Work(prompts=work.prompts, output_lens=[4] * len(work.prompts)))
     timeline = run_requests(engine, work)
     seconds = timeline.ended_s - timeline.started_s
     return _steady(timeline, len(work.prompts)) | {

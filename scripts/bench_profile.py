@@ -65,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
         | dict(map(parse_setting, args.engine_arg))
     )
     try:
+        bench_offline.run_requests(engine, bench_workload.fixed(1, 32, 8, model.id_range))
+        time.sleep(FULL.settle_s)
         for batch in args.batch:
             with tempfile.TemporaryDirectory(prefix="bench-trace-") as directory:
                 traces = (args.traces or Path(directory)) / f"b{batch}"
@@ -92,27 +94,26 @@ def profile_decode(
         bench_offline.follow_step(engine, timeline)
     _follow(engine, timeline, SETTLE_STEPS)
     before = usage_by_role(os.getpid(), "frontend")
-    step_us = _follow(engine, timeline, args.steps)
+    step_us, num_steps = _follow(engine, timeline, args.steps)
     used = used_between(before, usage_by_role(os.getpid(), "frontend"))
     num_traced, (trace,) = _record(engine, timeline, traces, args.traced_steps)
     while engine.has_unfinished_requests():
         engine.step()
     breakdown = break_down(read_spans(Path(trace)), num_traced)
-    cpu_us = {role: _per_step(usage, args.steps) for role, usage in used.items()}
+    cpu_us = {role: _per_step(usage, num_steps) for role, usage in used.items()}
     _print(batch, step_us, cpu_us, breakdown)
     return _figures(step_us, cpu_us, breakdown)
 
 
-def _follow(engine: LLMEngine, timeline: Timeline, num_steps: int) -> float:
-    """Await this many messages of a steady state; microseconds a step."""
+def _follow(engine: LLMEngine, timeline: Timeline, num_messages: int) -> tuple[float, float]:
+    """Await this many messages of a steady state; microseconds a step, and how many steps."""
     start, num_before = timeline.arrivals[-1][0], timeline.num_tokens
-    target = len(timeline.arrivals) + num_steps
+    target = len(timeline.arrivals) + num_messages
     while len(timeline.arrivals) < target:
         assert engine.has_unfinished_requests(), "the requests ended within the measurement"
         bench_offline.follow_step(engine, timeline)
-    num_requests = len(timeline.first_token_s)
-    num_done = (timeline.num_tokens - num_before) / num_requests
-    return 1e6 * (timeline.arrivals[-1][0] - start) / num_done
+    num_steps = (timeline.num_tokens - num_before) / len(timeline.first_token_s)
+    return 1e6 * (timeline.arrivals[-1][0] - start) / num_steps, num_steps
 
 
 def _record(
@@ -126,7 +127,7 @@ def _record(
     return last - first, engine.stop_profile()
 
 
-def _per_step(usage: Usage, num_steps: int) -> tuple[float, float]:
+def _per_step(usage: Usage, num_steps: float) -> tuple[float, float]:
     """Microseconds of the main thread and of all threads."""
     return 1e6 * usage.main_s / num_steps, 1e6 * usage.cpu_s / num_steps
 

@@ -42,6 +42,7 @@ class Sizes:
     serve_rates: tuple[float, ...] = (10, 40)
     serve_s: float = 60.0
     scale: float = 1.0  # of chat-like lengths
+    settle_s: float = 1.5  # an engine's idle moment after its start, for what it put off till then
     max_num_seqs: int = 1024
     offline_tokens: int = 16_384  # max_num_batched_tokens
     serve_tokens: int = 8192
@@ -59,6 +60,7 @@ SMOKE = Sizes(
     serve_rates=(8,),
     serve_s=1.5,
     scale=0.05,
+    settle_s=0.0,
     max_num_seqs=16,
     offline_tokens=256,
     serve_tokens=256,
