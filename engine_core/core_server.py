@@ -92,13 +92,18 @@ class CoreServer:
             self._channel.send(peer, failed)
 
     def _step(self) -> bool:
-        """Plan what can be planned and take in what was computed; False when nothing moved."""
-        has_moved: bool = self._core.submit_steps()
+        """Take in what was computed and plan what can be planned; False when nothing moved.
+
+        The workers wait for plans, so these leave before the outputs do.
+        """
+        results = []
         while (answer := self._executor.receive(0)) is not None:
-            self._publish(self._core.take_output(*answer))
-            has_moved = True
+            results.append(self._core.take_output(*answer))
+        has_submitted = self._core.submit_steps()
+        for result in results:
+            self._publish(result)
         self._publish(self._core.drain_outputs())
-        return has_moved
+        return has_submitted or bool(results)
 
     def _rest(self) -> None:
         timeout_s = _IDLE_S if self._frontends else None

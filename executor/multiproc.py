@@ -40,6 +40,7 @@ from ipc.tensors import Frames
 SHUTDOWN_S = 5.0  # for a worker to end by itself
 KILL_S = 10.0  # for the kernel to end it
 _LOOK_S = 1.0  # how often to look whether silent workers are stuck
+_LOOK_AGAIN_S = 0.02  # between two looks at the processes while there is traffic
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class MultiprocExecutor:
         self._last_call_id = 0
         self._last_words: WorkerError | None = None
         self._dead: EngineDeadError | None = None
+        self._next_look_s = 0.0
         self._on_progress: OnProgress | None = None
 
     @property
@@ -133,7 +135,7 @@ class MultiprocExecutor:
             self._drain()
             if (answer := self._steps.take()) is not None:
                 return answer
-            self.check_health()
+            self._look_now_and_then()
             remaining_s = _LOOK_S if deadline is None else deadline - time.monotonic()
             if remaining_s <= 0:
                 return None
@@ -182,6 +184,12 @@ class MultiprocExecutor:
         if (stuck := self._steps.describe_stuck(self._workers)) is not None:
             self._die(EngineDeadError(stuck))
 
+    def _look_now_and_then(self) -> None:
+        """Check the workers if that was not done a moment ago: it costs a system call for each."""
+        if (now_s := time.monotonic()) >= self._next_look_s or self._last_words is not None:
+            self._next_look_s = now_s + _LOOK_AGAIN_S
+            self.check_health()
+
     def shutdown(self) -> None:
         """Ask the workers to end, then end them. No process is left when it returns."""
         is_orderly = self._dead is None and len(self._ready) == len(self._workers)
@@ -197,7 +205,9 @@ class MultiprocExecutor:
         self._router.close()
 
     def _send(self, message: SchedulerOutput | Call, frames: Frames = ()) -> None:
-        self.check_health()
+        self._look_now_and_then()
+        if self._dead is not None:
+            raise self._dead
         for worker in self._workers:
             if not self._router.send(identity_of(self._token, worker.rank), message, frames):
                 self.check_health()

@@ -37,7 +37,10 @@ MAX_MALFORMED = 100  # after these a peer is not listened to any more
 
 _MAX_TRACKED_PEERS = 4096
 _MAX_DROPS_PER_RECEIVE = 256  # then the caller gets a turn: a flood must not hold it
-_POLLIN = int(zmq.POLLIN)  # arithmetic on enums is slow
+# Plain numbers: arithmetic on enums is slow.
+_POLLIN = int(zmq.POLLIN)
+_NOBLOCK = int(zmq.NOBLOCK)
+_MORE_NOBLOCK = int(zmq.SNDMORE | zmq.NOBLOCK)
 _RECONNECT_MS = 1000
 _TCP_PING_MS, _TCP_SILENCE_MS = 1000, 5000
 
@@ -159,7 +162,7 @@ class RouterChannel(Generic[T]):
 
     def _try_send(self, peer: bytes, message: Message, frames: Frames) -> int:
         try:
-            self._socket.send_multipart([peer, encoder.encode(message), *frames], zmq.NOBLOCK)
+            _send_parts(self._socket, [peer, encoder.encode(message), *frames])
         except zmq.ZMQError as err:
             if err.errno in (zmq.EAGAIN, zmq.EHOSTUNREACH):
                 return err.errno
@@ -231,7 +234,7 @@ class DealerChannel(Generic[T]):
         deadline = time.monotonic() + timeout_s
         while True:
             try:
-                self._socket.send_multipart(parts, zmq.NOBLOCK)
+                _send_parts(self._socket, parts)
                 return
             except zmq.Again:
                 remaining_s = deadline - time.monotonic()
@@ -241,7 +244,7 @@ class DealerChannel(Generic[T]):
     def try_send(self, message: Message, frames: Frames = ()) -> bool:
         """Send if there is room now, else False."""
         try:
-            self._socket.send_multipart([encoder.encode(message), *frames], zmq.NOBLOCK)
+            _send_parts(self._socket, [encoder.encode(message), *frames])
         except zmq.Again:
             return False
         return True
@@ -319,13 +322,24 @@ def _configure_tcp(socket: Socket, address: str) -> None:
     socket.heartbeat_timeout = _TCP_SILENCE_MS
 
 
+def _send_parts(socket: Socket, parts: Sequence[Any]) -> None:
+    """Queue one multipart message, whole or not at all.
+
+    Raises:
+        zmq.ZMQError: it cannot be taken now, or its receiver is unknown.
+    """
+    for part in parts[:-1]:
+        socket.send(part, _MORE_NOBLOCK)
+    socket.send(parts[-1], _NOBLOCK)
+
+
 def _receive_parts(socket: Socket, num_copied: int) -> list[Any] | None:
     """One multipart message, None when there is none: the first parts as bytes, then frames."""
     events = socket.getsockopt(zmq.EVENTS)
     assert isinstance(events, int)
     if not events & _POLLIN:  # cheaper than an exception
         return None
-    parts: list[Any] = [socket.recv(zmq.NOBLOCK)]
+    parts: list[Any] = [socket.recv(_NOBLOCK)]
     while socket.getsockopt(zmq.RCVMORE):  # the rest is there: messages arrive whole
         parts.append(socket.recv(copy=len(parts) < num_copied))
     return parts
