@@ -363,7 +363,7 @@ def time_rows(bench: Bench, rows: int, tiles: list[Tile]) -> Result:
     x = bench.x[:rows]
     baseline = bench.microseconds(lambda w: cublas(bench.shape, x, w))
     timed = [(us, t) for t in tiles if (us := bench.time_tile(rows, t)) is not None]
-    return Result(bench.shape, rows, baseline, sorted(timed)[:10])
+    return Result(bench.shape, rows, baseline, sorted(timed))
 
 
 def table_of(results: list[Result]) -> dict[str, dict[Any, Any]]:

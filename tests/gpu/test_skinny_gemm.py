@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from executor.layers import gpu_linear
 from kernels import activation, dependent_launch
 from kernels.skinny_gemm import (
     Tile,
@@ -13,6 +14,7 @@ from kernels.skinny_gemm import (
     skinny_linear,
     skinny_linear_reference,
 )
+from kernels.tuning import skinny_gemm_h200 as table_file
 from tests.kernels.cases import assert_close, random
 
 pytestmark = pytest.mark.gpu
@@ -95,7 +97,8 @@ def test_a_chain_of_products_replays_in_a_graph(M: int, with_dependent_launch: b
             y = skinny_linear(y, weight, tile=first_form)
             y = skinny_linear(y, weight, tile=split)
             y = skinny_gated(y, gate_up, activation=activation.SILU, tile=split)
-            y = skinny_gated(y, gate_up, activation=activation.SILU, tile=first_form).tanh()
+            y = skinny_gated(y, gate_up, activation=activation.SILU, tile=first_form)
+            y = torch.nn.functional.rms_norm(y, (1024,))  # or it would vanish
         return y
 
     dependent_launch.switch(with_dependent_launch)
@@ -124,3 +127,44 @@ def test_rows_do_not_depend_on_the_values_of_their_mates() -> None:
     for tile in (Tile(True, 16, 256, 4, 1, 4, 4, 2), Tile(True, 64, 64, 1, 4, 4, 4, 0)):
         first, second = (skinny_linear(rows, weight, tile=tile)[0] for rows in (x, other))
         assert first.equal(second)
+
+
+def pinned() -> list[object]:
+    """Every shape of the tables."""
+    return [
+        pytest.param(kind == "gated", N, K, entries, id=f"{kind} {N}x{K}")
+        for kind, table in (("plain", table_file.PLAIN), ("gated", table_file.GATED))
+        for (N, K), entries in table.items()
+    ]
+
+
+@pytest.mark.parametrize(("gated", "N", "K", "entries"), pinned())
+def test_what_a_layer_runs_is_right_for_every_pinned_tile(
+    gated: bool, N: int, K: int, entries: dict[int, object]
+) -> None:
+    weight = torch.randn(N, K, device="cuda", dtype=torch.bfloat16) / K**0.5
+    run = (
+        gpu_linear.gated(weight, None, activation.SILU) if gated else gpu_linear.dense(weight, None)
+    )
+
+    for rows in entries:
+        x = torch.randn(rows, K, device="cuda", dtype=torch.bfloat16)
+        y = run(x).float()
+        expected = skinny_linear_reference(x, weight, out_dtype=torch.float32)
+        if gated:
+            gate, up = expected.chunk(2, dim=1)
+            expected = torch.nn.functional.silu(gate) * up
+        assert (y - expected).norm() < 5e-3 * expected.norm(), f"{rows} rows"
+        assert y.bfloat16().equal(run(x)), f"{rows} rows: not the same twice"
+
+
+@pytest.mark.parametrize("rows", [1, 8, 40, 300])
+def test_logits_are_not_rounded_to_16_bits(rows: int) -> None:
+    weight = torch.randn(8192, 1024, device="cuda", dtype=torch.bfloat16) / 32
+    bias = torch.randn(8192, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(rows, 1024, device="cuda", dtype=torch.bfloat16)
+
+    y = gpu_linear.dense(weight, bias, torch.float32)(x)
+
+    expected = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+    assert (y - expected).norm() < 1e-4 * expected.norm()
