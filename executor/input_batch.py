@@ -16,9 +16,11 @@ from executor.attention_metadata import AttentionMetadata
 from executor.request_states import RequestStates
 from executor.transfer import Array, upload_all
 from ipc.messages import SchedulerOutput
+from kernels.attention_step import StepLengths, StepMemo
 from kernels.prepare_inputs import PackedInputs, Requests, prepare_inputs
 
 _TABLE_COLUMNS = 16  # on a GPU a block table's width is a multiple of it
+_TILE = 128  # queries; more make no difference to a kernel's variant
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,16 +181,23 @@ def _look_up(packed: PackedRows, states: RequestStates) -> InputBatch:
 
 
 def _prepare(packed: PackedRows, states: RequestStates) -> InputBatch:
-    """With one copy and one kernel."""
-    arrays = [packed.rows, packed.seq_lens, packed.query_start_loc]
-    requests = Requests(*upload_all([array.astype(np.int32) for array in arrays], states.device))
-    num_blocks = -(-packed.max_seq_len // states.block_size)
-    inputs = empty_inputs(
-        packed.num_tokens,
-        packed.rows.size,
-        -(-num_blocks // _TABLE_COLUMNS) * _TABLE_COLUMNS,
-        states.device,
+    """With one copy and one kernel.
+
+    The step is told to have as many requests as it could have, and queries for whole tiles: kernels
+    that are compiled for ranges of these are then compiled for one.
+    """
+    num_requests, num_rows = states.padding_row, packed.rows.size
+    staged = np.zeros((3, num_requests + 1), dtype=np.int32)
+    staged[0, :num_rows] = packed.rows
+    staged[1, :num_rows] = packed.seq_lens
+    staged[2, : num_rows + 1] = packed.query_start_loc
+    staged[2, num_rows + 1 :] = packed.num_tokens  # no queries
+    requests = Requests(
+        *upload_all([staged[0, :num_requests], staged[1, :num_requests], staged[2]], states.device)
     )
+    num_blocks = -(-packed.max_seq_len // states.block_size)
+    num_columns = -(-num_blocks // _TABLE_COLUMNS) * _TABLE_COLUMNS
+    inputs = empty_inputs(packed.num_tokens, num_requests, num_columns, states.device)
     prepare_inputs(
         requests,
         states.tokens.tensor,
@@ -196,6 +205,8 @@ def _prepare(packed: PackedRows, states: RequestStates) -> InputBatch:
         inputs,
         block_size=states.block_size,
     )
+    max_query_len = packed.max_query_len
+    lengths = StepLengths(packed.query_start_loc.tolist(), packed.seq_lens.tolist())
     return InputBatch(
         token_ids=inputs.token_ids,
         positions=inputs.positions,
@@ -204,8 +215,9 @@ def _prepare(packed: PackedRows, states: RequestStates) -> InputBatch:
             block_table=inputs.block_table,
             query_start_loc=requests.query_start_loc,
             seq_lens=requests.seq_lens,
-            max_query_len=packed.max_query_len,
+            max_query_len=max_query_len if max_query_len == 1 else max(max_query_len, _TILE),
             max_seq_len=packed.max_seq_len,
+            memo=StepMemo(lengths=lengths),
         ),
     )
 

@@ -26,9 +26,6 @@ _WISHES = [
     RowParams(seed=0, temperature=0.0, allowed_token_ids=[0, 1]),
     RowParams(seed=0, temperature=0.0, num_logprobs=2),
 ]
-# Queries of one request in a step, and contexts: kernels come in variants for a few ranges.
-_QUERY_LENGTHS = (2, 5, 9, 17, 33, 65, 129, 300)
-_CONTEXTS = (200, 400, 700, 1500, 3000, 6000, 12_000, 40_000)
 
 
 def warm_up(
@@ -53,11 +50,6 @@ def warm_up(
         lengths.append(num_tokens % per_row)
     params = [_GREEDY if row % 2 else _RANDOM for row in range(len(lengths))]
     plans = list(_prompts(lengths, params, block_size, max_model_len))
-    if is_thorough:
-        for length in {min(length, per_row) for length in _QUERY_LENGTHS}:
-            plans += _prompts([length], [_GREEDY], block_size, max_model_len)
-        for length in {min(length, per_row) for length in _CONTEXTS}:
-            plans += _decodes(length, min(2, max_num_seqs), block_size)
     for plan in plans:
         runner.execute(plan).resolve()
     if is_thorough:
@@ -94,15 +86,6 @@ def _prompts(
     if max_model_len > 2:
         yield SchedulerOutput(step_id=0, rows=rows, num_new_tokens=[])
         yield SchedulerOutput(step_id=0, rows=rows[-1:], num_new_tokens=[])
-    yield SchedulerOutput(step_id=0, rows=[], num_new_tokens=[], freed_rows=rows)
-
-
-def _decodes(length: int, num_rows: int, block_size: int) -> Iterator[SchedulerOutput]:
-    """A token for one row and for several, each behind a context."""
-    rows = list(range(num_rows))
-    new_rows = [_row(row, length, length - 1, block_size, _GREEDY) for row in rows]
-    yield SchedulerOutput(step_id=0, rows=rows[:1], num_new_tokens=[], new_rows=new_rows)
-    yield SchedulerOutput(step_id=0, rows=rows, num_new_tokens=[])
     yield SchedulerOutput(step_id=0, rows=[], num_new_tokens=[], freed_rows=rows)
 
 

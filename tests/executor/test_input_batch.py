@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 
+from executor import input_batch
 from executor.input_batch import (
     build_input_batch,
     locate_samples,
@@ -80,6 +81,37 @@ def test_every_vector_equals_a_loop_over_requests(seed: int) -> None:
         assert list(indices) == [index for _, index, _ in samples]
     else:
         assert places is None
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_inputs_prepared_on_a_device_are_those_looked_up(seed: int) -> None:
+    states, block_ids = make_random_rows(seed, num_rows=1 + seed)
+    rng = random.Random(seed)
+    rows = list(block_ids)
+    owed = {row: int(states.num_tokens[row] - states.num_computed_tokens[row]) for row in rows}
+    counts = [rng.randint(1, owed[row]) for row in rows]
+    packed = pack_rows(make_plan(rows, counts), states)
+
+    found, expected = input_batch._prepare(packed, states), input_batch._look_up(packed, states)
+
+    assert found.token_ids.equal(expected.token_ids)
+    assert found.positions.equal(expected.positions)
+    assert found.meta.slot_mapping.equal(expected.meta.slot_mapping)
+    num_rows = len(rows)
+    assert found.meta.seq_lens[:num_rows].equal(expected.meta.seq_lens)
+    assert found.meta.query_start_loc[: num_rows + 1].equal(expected.meta.query_start_loc)
+    assert set(found.meta.query_start_loc[num_rows:].tolist()) == {sum(counts)}
+    assert not found.meta.seq_lens[num_rows:].any()
+    for table, other, seq_len in zip(
+        found.meta.block_table, expected.meta.block_table, expected.meta.seq_lens, strict=False
+    ):
+        used = -(-int(seq_len) // 8)
+        assert table[:used].equal(other[:used])
+    lengths = found.meta.memo.lengths
+    assert lengths is not None
+    assert list(lengths.seq_lens) == expected.meta.seq_lens.tolist()
+    assert found.meta.max_query_len >= expected.meta.max_query_len
+    assert (found.meta.max_query_len == 1) == (max(counts) == 1)
 
 
 def test_decode_is_one_token_for_each_row_and_needs_no_picking() -> None:
