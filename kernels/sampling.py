@@ -29,6 +29,8 @@ from kernels.gumbel import gumbel_noise_reference, noise_bits, noise_bound, nois
 from kernels.sampling_cpu import GREEDY_BELOW, Rows, sample_cpu
 from kernels.sampling_filters import apply_filters_triton
 
+_LANES = 512
+
 
 class Sampled(NamedTuple):
     """The draw of one step, on the logits' device."""
@@ -138,8 +140,8 @@ def sample_triton(logits: Tensor, rows: Rows, any_filter: bool) -> Sampled:
     floors = rows.temperature  # not read without filters
     if any_filter:
         floors = apply_filters_triton(logits, rows, sampled.token_ids, sampled.is_bad)
-    chunk, num_warps = _chunk(B, V)
-    num_chunks = triton.cdiv(V, chunk)
+    depth = _depth(B, V)
+    num_chunks = triton.cdiv(V, depth * _LANES)
     best = torch.empty((B, num_chunks), dtype=torch.float32, device=device)
     best_ids = torch.empty((B, num_chunks), dtype=torch.int32, device=device)
     options = dependent_launch.options() | {"FILTER": any_filter}
@@ -152,8 +154,9 @@ def sample_triton(logits: Tensor, rows: Rows, any_filter: bool) -> Sampled:
         best,
         best_ids,
         V,
-        CHUNK=chunk,
-        num_warps=num_warps,
+        LANES=_LANES,
+        DEPTH=depth,
+        num_warps=_LANES // 128,
         enable_fp_fusion=False,  # product and sum are rounded apart, as in the definition
         **options,
     )
@@ -163,8 +166,7 @@ def sample_triton(logits: Tensor, rows: Rows, any_filter: bool) -> Sampled:
         floors,
         sampled.token_ids,
         sampled.is_bad.view(torch.int8),
-        V,
-        CHUNK=chunk,
+        NUM_CHUNKS=num_chunks,
         BLOCK_C=triton.next_power_of_2(num_chunks),
         num_warps=1,
         **options,
@@ -172,9 +174,12 @@ def sample_triton(logits: Tensor, rows: Rows, any_filter: bool) -> Sampled:
     return sampled
 
 
-def _chunk(B: int, V: int) -> tuple[int, int]:
-    """How many tokens a program looks at, and with how many warps."""
-    return (1024, 4) if B * V <= 1 << 20 else (4096, 4)
+def _depth(B: int, V: int) -> int:
+    """How many tokens a lane looks at: as few as leave enough programs to fill the device."""
+    depth = 2
+    while depth < 16 and 256 * depth * _LANES < B * V:
+        depth *= 2
+    return depth
 
 
 @triton.jit
@@ -188,66 +193,108 @@ def _draw_kernel(  # type: ignore[no-untyped-def]
     best_ids_ptr,
     V,
     FILTER: tl.constexpr,
-    CHUNK: tl.constexpr,
+    LANES: tl.constexpr,
+    DEPTH: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """The best token of a chunk of a row; a NaN is better than anything.
-
-    The noise itself is two logarithms, so each token first gets a bound of it, and the noise is
-    made for the tokens whose bound reaches the best value so far: seldom more than one.
-    """
+    """The best token of a chunk of a row, and its value: NaN if there is one in the chunk."""
     row = tl.program_id(0).to(tl.int64)  # int64: B * V may pass 2**31
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     temperature = tl.load(temperature_ptr + row)
-    is_random = temperature >= 1e-5
     floor = float("-inf")
     if FILTER:
         floor = tl.load(floors_ptr + row)
     if floor < float("inf"):  # else the row has been drawn
-        start = tl.program_id(1) * CHUNK
-        cols = tl.arange(0, CHUNK)
-        x = tl.load(logits_ptr + row * V + start + cols, start + cols < V, other=float("-inf"))
-        scale = 1.0
-        key_a, key_b = noise_keys(tl.load(seeds_ptr + row), tl.load(positions_ptr + row))
-        bound = x
-        if is_random:
+        row_ptr = logits_ptr + row * V
+        start = tl.program_id(1) * DEPTH * LANES
+        if temperature >= 1e-5:
+            keys = noise_keys(tl.load(seeds_ptr + row), tl.load(positions_ptr + row))
             scale = tl.math.div_rn(1.0, temperature)
-            x = x * scale
-            bound = x + noise_bound(noise_bits(key_a, key_b, start + cols))
-            if FILTER:
-                bound = tl.where(x >= floor, bound, float("-inf"))
-        # Below a NaN, which must come first whatever else is there.
-        bound = tl.where(x == x, tl.minimum(bound, 3.0e38), float("inf"))
-        best, best_id = _search(
-            bound, cols, start, logits_ptr + row * V, scale, is_random, key_a, key_b
-        )
-        at = row * tl.cdiv(V, CHUNK) + tl.program_id(1)
+            best, best_id, total = _best_with_noise(
+                row_ptr, V, start, scale, floor, keys[0], keys[1], FILTER, LANES, DEPTH
+            )
+        else:
+            best, best_id, total = _best(row_ptr, V, start, LANES, DEPTH)
+        if total != total:
+            # A NaN, or infinities of both signs.
+            is_nan = tl.zeros((LANES,), tl.int1)
+            for i in tl.static_range(DEPTH):
+                token_ids = start + i * LANES + tl.arange(0, LANES)
+                x = tl.load(row_ptr + token_ids, token_ids < V, other=0.0)
+                is_nan = is_nan | (x != x)
+            best = tl.where(tl.sum(is_nan.to(tl.int32), axis=0) > 0, float("nan"), best)
+        at = row * tl.num_programs(1) + tl.program_id(1)
         tl.store(best_ptr + at, best)
         tl.store(best_ids_ptr + at, best_id)
 
 
 @triton.jit
-def _search(bound, cols, start, logits_row_ptr, scale, is_random, key_a, key_b):  # type: ignore[no-untyped-def]
-    """The best value and its token, by making values until no bound is above the best of them."""
+def _best(row_ptr, V, start, LANES: tl.constexpr, DEPTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The largest logit of a chunk, its token, and a sum that is NaN if one of them is."""
+    lanes = tl.arange(0, LANES)
+    most = tl.full((LANES,), float("-inf"), tl.float32)
+    most_ids = start + lanes
+    sums = tl.zeros((LANES,), tl.float32)
+    for i in tl.static_range(DEPTH):
+        token_ids = start + i * LANES + lanes
+        x = tl.load(row_ptr + token_ids, token_ids < V, other=float("-inf"))
+        sums += x
+        most_ids = tl.where(x > most, token_ids, most_ids)
+        most = tl.maximum(most, x)
+    best = tl.max(most, axis=0)
+    best_id = tl.min(tl.where(most == best, most_ids, 0x7FFFFFFF), axis=0)
+    return best, best_id, tl.sum(sums, axis=0)
+
+
+@triton.jit
+def _best_with_noise(  # type: ignore[no-untyped-def]
+    row_ptr,
+    V,
+    start,
+    scale,
+    floor,
+    key_a,
+    key_b,
+    FILTER: tl.constexpr,
+    LANES: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """The same of logits * scale + noise, among the tokens that reach the floor.
+
+    The noise itself is two logarithms, so each token first gets a bound of it, and noise is made
+    for the lanes whose bound reaches the best value so far: seldom more than one.
+    """
+    lanes = tl.arange(0, LANES)
+    bounds = tl.full((LANES,), float("-inf"), tl.float32)
+    sums = tl.zeros((LANES,), tl.float32)
+    for i in tl.static_range(DEPTH):
+        token_ids = start + i * LANES + lanes
+        x = tl.load(row_ptr + token_ids, token_ids < V, other=float("-inf"))
+        sums += x
+        x *= scale
+        bound = x + noise_bound(noise_bits(key_a, key_b, token_ids))
+        if FILTER:
+            bound = tl.where(x >= floor, bound, float("-inf"))
+        bounds = tl.maximum(bounds, bound)
     best = float("-inf")
     best_id = start
-    most, place = tl.max(bound, axis=0, return_indices=True)
-    searching = most > float("-inf")
-    while searching:
-        token_id = start + place
-        value = tl.load(logits_row_ptr + token_id)
-        if is_random:
-            value = value * scale + noise_of(noise_bits(key_a, key_b, token_id))
-        is_better = (value > best) | ((value == best) & (token_id < best_id)) | (value != value)
+    most = tl.max(bounds, axis=0)
+    while (most >= best) & (most > float("-inf")):
+        lane = tl.min(tl.where(bounds == most, lanes, LANES), axis=0)
+        ids = start + lane + tl.arange(0, DEPTH) * LANES
+        values = tl.load(row_ptr + ids, ids < V, other=float("-inf")) * scale
+        is_kept = values >= floor
+        values = tl.where(is_kept, values + noise_of(noise_bits(key_a, key_b, ids)), float("-inf"))
+        value = tl.max(values, axis=0)
+        token_id = tl.min(tl.where(values == value, ids, 0x7FFFFFFF), axis=0)
+        is_better = (value > best) | ((value == best) & (token_id < best_id))
         best = tl.where(is_better, value, best)
         best_id = tl.where(is_better, token_id, best_id)
-        bound = tl.where(cols == place, float("-inf"), bound)
-        most, place = tl.max(bound, axis=0, return_indices=True)
-        searching = (most > best) | ((most == best) & (start + place < best_id))
-        searching = searching & (most > float("-inf"))
-    return best, best_id
+        bounds = tl.where(lanes == lane, float("-inf"), bounds)
+        most = tl.max(bounds, axis=0)
+    return best, best_id, tl.sum(sums, axis=0)
 
 
 @triton.jit
@@ -257,9 +304,8 @@ def _pick_kernel(  # type: ignore[no-untyped-def]
     floors_ptr,
     token_ids_ptr,
     is_bad_ptr,
-    V,
     FILTER: tl.constexpr,
-    CHUNK: tl.constexpr,
+    NUM_CHUNKS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -271,14 +317,12 @@ def _pick_kernel(  # type: ignore[no-untyped-def]
     if FILTER:
         floor = tl.load(floors_ptr + row)
     if floor < float("inf"):
-        num_chunks = tl.cdiv(V, CHUNK)
         c = tl.arange(0, BLOCK_C)
-        best = tl.load(best_ptr + row * num_chunks + c, c < num_chunks, other=float("-inf"))
+        best = tl.load(best_ptr + row * NUM_CHUNKS + c, c < NUM_CHUNKS, other=float("-inf"))
         num_nan = tl.sum((best != best).to(tl.int32), axis=0)
-        most, place = tl.max(
-            tl.where(best == best, best, float("-inf")), axis=0, return_indices=True
-        )
-        token_id = tl.load(best_ids_ptr + row * num_chunks + place)
+        best = tl.where(best == best, best, float("-inf"))
+        most, place = tl.max(best, axis=0, return_indices=True)
+        token_id = tl.load(best_ids_ptr + row * NUM_CHUNKS + place)
         tl.store(token_ids_ptr + row, token_id.to(tl.int64))
         is_bad = (num_nan > 0) | (most == float("-inf"))
         tl.store(is_bad_ptr + row, is_bad.to(tl.int8))

@@ -1,16 +1,18 @@
 """Min-p, top-k and top-p on a GPU, without sorting; ``kernels.sampling`` defines what they keep.
 
 Four kernels of fixed grids, whose programs end at once for rows without a filter:
-  scan     the largest logit of each group of tokens, and each chunk's sum of exponentials;
+  scan     the largest logit of each group of tokens, and for top-p the sum of exponentials;
   rank     a value that the filters' threshold cannot be below. The k-th largest of the groups'
-           maxima is one for top-k: k tokens reach it, and hardly more, as few groups hold two;
-  collect  the tokens that reach that value, some hundreds as a rule;
-  settle   the threshold among these, exactly, by bisection on the bits of their logits; and the
-           draw from what stays.
-A row with too much to collect (top-p of a flat distribution, a very large top-k) takes the long
-way: bisection over the whole row, and the ordinary draw. All of it is exact, however it goes.
+           maxima is one for top-k: k tokens reach it, and hardly more, as few groups hold two.
+           For top-p it is the value above which the maxima alone have the mass;
+  collect  the tokens that reach that value, some dozens as a rule;
+  settle   which of these the filters keep, exactly, and the draw among them.
+A row with too much to collect (top-p of a flat distribution, a very large top-k) gets its threshold
+by ``kernels.sampling_threshold``, and takes part in the ordinary draw. The result is the same.
 Shapes: B rows, V vocabulary, G groups, C chunks.
 """
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,13 +22,28 @@ from torch import Tensor
 from kernels import dependent_launch
 from kernels.gumbel import noise_bits, noise_keys, noise_of
 from kernels.sampling_cpu import Rows
+from kernels.sampling_threshold import LARGEST, key_of, row_threshold
 
-_GROUPS_PER_CHUNK = 128
-_MAX_GROUPS = 4096
-_MAX_RANK = 1024  # tokens that are looked for among the groups' maxima
+_LANES = 512  # groups of a chunk
+_MAX_GROUPS = 8192
+_MAX_RANK = 2048  # tokens that are looked for among the groups' maxima
+_FEW = 512  # tokens that are compared each with each
 _MAX_FOUND = 4096  # tokens that are settled in registers
 _COLLECT_CHUNK = 4096
-_LARGEST = tl.constexpr(3.0e38)  # stands for +inf where that would make inf - inf
+
+
+class _Scratch(NamedTuple):
+    """What the kernels leave for each other."""
+
+    maxima: Tensor  # [B, G]
+    chunk_maxima: Tensor  # [B, C]
+    chunk_sums: Tensor  # [B, C]: of exp(x - the chunk's largest) for top-p; NaN if there is one
+    largest: Tensor  # [B]; NaN where the row is bad
+    mass: Tensor  # [B] float64: the sum of exp(x - largest), for top-p
+    floors: Tensor  # [B]
+    counts: Tensor  # [B] int32, of the tokens that reach the floor
+    found: Tensor  # [B, _MAX_FOUND], the first of them
+    found_ids: Tensor  # [B, _MAX_FOUND] int32
 
 
 def apply_filters_triton(logits: Tensor, rows: Rows, token_ids: Tensor, is_bad: Tensor) -> Tensor:
@@ -41,76 +58,115 @@ def apply_filters_triton(logits: Tensor, rows: Rows, token_ids: Tensor, is_bad: 
         filters keep, -inf without any.
     """
     B, V = logits.shape
-    device = logits.device
-    group = 16
-    while triton.cdiv(V, group * _GROUPS_PER_CHUNK) * _GROUPS_PER_CHUNK > _MAX_GROUPS:
-        group *= 2
-    num_chunks = triton.cdiv(V, group * _GROUPS_PER_CHUNK)
-    num_groups = num_chunks * _GROUPS_PER_CHUNK
-    floors = torch.empty(B, dtype=torch.float32, device=device)
-    maxima = torch.empty((B, num_groups), dtype=torch.float32, device=device)
-    sums = torch.empty((B, num_chunks), dtype=torch.float32, device=device)
-    counts = torch.empty(B, dtype=torch.int32, device=device)
-    found = torch.empty((B, _MAX_FOUND), dtype=torch.float32, device=device)
-    found_ids = torch.empty((B, _MAX_FOUND), dtype=torch.int32, device=device)
+    group = _group_size(V)
+    num_chunks = triton.cdiv(V, group * _LANES)
+    scratch = _make_scratch(B, num_chunks, logits.device)
     filters = (rows.temperature, rows.top_k, rows.top_p, rows.min_p)
     options = dependent_launch.options()
     _scan_kernel[(B, num_chunks)](
         logits,
         *filters,
-        maxima,
-        sums,
-        counts,
+        scratch.maxima,
+        scratch.chunk_maxima,
+        scratch.chunk_sums,
         V,
         GROUP=group,
-        GROUPS=_GROUPS_PER_CHUNK,
-        num_warps=8,
+        LANES=_LANES,
+        num_warps=4,
         **options,
     )
-    layout = {
-        "NUM_GROUPS": num_groups,
-        "BLOCK_G": triton.next_power_of_2(num_groups),
-        "MAX_RANK": min(_MAX_RANK, num_groups // 2),
-        "MAX_FOUND": _MAX_FOUND,
-    }
-    _rank_kernel[(B,)](*filters, maxima, floors, V, **layout, num_warps=8, **options)
+    _rank_kernel[(B,)](
+        *filters,
+        scratch.maxima,
+        scratch.chunk_maxima,
+        scratch.chunk_sums,
+        scratch.largest,
+        scratch.mass,
+        scratch.floors,
+        scratch.counts,
+        token_ids,
+        is_bad.view(torch.int8),
+        V,
+        NUM_CHUNKS=num_chunks,
+        LANES=_LANES,
+        BLOCK_C=triton.next_power_of_2(num_chunks),
+        BLOCK_G=triton.next_power_of_2(num_chunks * _LANES),
+        MAX_RANK=min(_MAX_RANK, num_chunks * _LANES // 2),
+        MAX_FOUND=_MAX_FOUND,
+        num_warps=8,
+        enable_fp_fusion=False,
+        **options,
+    )
     _collect_kernel[(B, triton.cdiv(V, _COLLECT_CHUNK))](
         logits,
         *filters,
-        floors,
-        counts,
-        found,
-        found_ids,
+        scratch.floors,
+        scratch.counts,
+        scratch.found,
+        scratch.found_ids,
         V,
         MAX_FOUND=_MAX_FOUND,
         CHUNK=_COLLECT_CHUNK,
         num_warps=4,
         **options,
     )
+    _settle(logits, rows, scratch, token_ids, is_bad)
+    return scratch.floors
+
+
+def _settle(
+    logits: Tensor, rows: Rows, scratch: _Scratch, token_ids: Tensor, is_bad: Tensor
+) -> None:
+    B, V = logits.shape
     _settle_kernel[(B,)](
         logits,
-        *filters,
+        rows.temperature,
+        rows.top_k,
+        rows.top_p,
+        rows.min_p,
         rows.seeds,
         rows.positions,
-        maxima,
-        sums,
-        counts,
-        found,
-        found_ids,
-        floors,
+        scratch.largest,
+        scratch.mass,
+        scratch.counts,
+        scratch.found,
+        scratch.found_ids,
+        scratch.floors,
         token_ids,
         is_bad.view(torch.int8),
         V,
-        NUM_CHUNKS=num_chunks,
-        GROUPS=_GROUPS_PER_CHUNK,
-        BLOCK_C=triton.next_power_of_2(num_chunks),
+        FEW=_FEW,
         MAX_FOUND=_MAX_FOUND,
         BLOCK_V=8192,
         num_warps=16,
-        enable_fp_fusion=False,
-        **options,
+        enable_fp_fusion=False,  # product and sum are rounded apart, as in the definition
+        **dependent_launch.options(),
     )
-    return floors
+
+
+def _group_size(V: int) -> int:
+    """How many tokens share a maximum: few, as long as the maxima of a row fit in registers."""
+    group = 8
+    while triton.cdiv(V, group * _LANES) * _LANES > _MAX_GROUPS:
+        group *= 2
+    return group
+
+
+def _make_scratch(B: int, num_chunks: int, device: torch.device) -> _Scratch:
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    return _Scratch(
+        maxima=empty(B, num_chunks * _LANES),
+        chunk_maxima=empty(B, num_chunks),
+        chunk_sums=empty(B, num_chunks),
+        largest=empty(B),
+        mass=empty(B, dtype=torch.float64),
+        floors=empty(B),
+        counts=empty(B, dtype=torch.int32),
+        found=empty(B, _MAX_FOUND),
+        found_ids=empty(B, _MAX_FOUND, dtype=torch.int32),
+    )
 
 
 @triton.jit
@@ -136,54 +192,83 @@ def _scan_kernel(  # type: ignore[no-untyped-def]
     top_p_ptr,
     min_p_ptr,
     maxima_ptr,
-    sums_ptr,
-    counts_ptr,
+    chunk_maxima_ptr,
+    chunk_sums_ptr,
     V,
     GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
+    LANES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Per group the largest x; per chunk the sum of exp(x - the chunk's largest), NaN of a NaN."""
+    """Each lane takes the maximum of every LANES-th token of a chunk: its group."""
     row = tl.program_id(0).to(tl.int64)  # int64: B * V may pass 2**31
     chunk = tl.program_id(1)
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    is_filtered, _, _, _, _, _, scale = _filters_of(
+    is_filtered, by_count, by_mass, _, _, _, scale = _filters_of(
         row, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, V
     )
     if is_filtered:
-        g = tl.arange(0, GROUPS)
-        token_ids = chunk * GROUP * GROUPS + tl.arange(0, GROUP)[:, None] * GROUPS + g[None, :]
-        x = tl.load(logits_ptr + row * V + token_ids, token_ids < V, other=float("-inf")) * scale
-        peaks = tl.max(x, axis=0)
+        lanes = tl.arange(0, LANES)
+        start = chunk * GROUP * LANES
+        x_ptr = logits_ptr + row * V
+        peaks = tl.full((LANES,), float("-inf"), tl.float32)
+        is_nan = tl.zeros((LANES,), tl.int1)
+        for first in range(start, start + GROUP * LANES, 8 * LANES):
+            for i in tl.static_range(8):
+                token_ids = first + i * LANES + lanes
+                x = tl.load(x_ptr + token_ids, token_ids < V, other=float("-inf")) * scale
+                peaks = tl.maximum(peaks, x)
+                is_nan = is_nan | (x != x)
         largest = tl.max(peaks, axis=0)
-        shift = tl.where(largest > float("-inf"), tl.minimum(largest, _LARGEST), 0.0)
-        total = tl.sum(tl.sum(tl.exp(x - shift), axis=0), axis=0)
-        num_chunks = tl.num_programs(1)
-        tl.store(maxima_ptr + (row * num_chunks + chunk) * GROUPS + g, peaks)
-        tl.store(sums_ptr + row * num_chunks + chunk, total)
-        if chunk == 0:
-            tl.store(counts_ptr + row, 0)
+        num_nan = tl.sum(is_nan.to(tl.int32), axis=0)
+        total = tl.where(num_nan > 0, float("nan"), 0.0)
+        if by_mass & (not by_count):
+            shift = tl.where(largest > float("-inf"), tl.minimum(largest, LARGEST), 0.0)
+            sums = tl.zeros((LANES,), tl.float32)
+            for first in range(start, start + GROUP * LANES, 8 * LANES):
+                for i in tl.static_range(8):
+                    token_ids = first + i * LANES + lanes
+                    x = tl.load(x_ptr + token_ids, token_ids < V, other=float("-inf")) * scale
+                    sums += tl.exp(x - shift)
+            total += tl.sum(sums, axis=0)
+        at = row * tl.num_programs(1) + chunk
+        tl.store(maxima_ptr + at * LANES + lanes, peaks)
+        tl.store(chunk_maxima_ptr + at, largest)
+        tl.store(chunk_sums_ptr + at, total)
 
 
 @triton.jit
-def _value_of_rank(values, rank):  # type: ignore[no-untyped-def]
-    """A value that at least ``rank`` of ``values`` reach, and few more; -inf if not so many do."""
+def _value_reached_by(values, amounts, wanted):  # type: ignore[no-untyped-def]
+    """A value such that all that reach it amount to ``wanted``, and hardly more; else -inf."""
     low = tl.min(tl.where(values > float("-inf"), values, float("inf")), axis=0)
     high = tl.max(values, axis=0)
-    num_reached = tl.sum((values >= low).to(tl.int32), axis=0)
-    is_enough = num_reached >= rank
+    amount = tl.sum(tl.where(values >= low, amounts, 0.0), axis=0)
+    is_enough = amount >= wanted
     steps = 0
-    while (num_reached > rank) & (steps < 14):
+    while (amount > wanted) & (steps < 14):
         middle = low + (high - low) * 0.5
-        num_above = tl.sum((values >= middle).to(tl.int32), axis=0)
-        is_low = num_above >= rank
+        above = tl.sum(tl.where(values >= middle, amounts, 0.0), axis=0)
+        is_low = above >= wanted
         low = tl.where(is_low, middle, low)
         high = tl.where(is_low, high, middle)
-        num_reached = tl.where(is_low, num_above, num_reached)
+        amount = tl.where(is_low, above, amount)
         steps += 1
     return tl.where(is_enough, low, float("-inf"))
+
+
+@triton.jit
+def _row_mass(chunk_maxima_ptr, chunk_sums_ptr, NUM_CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr):  # type: ignore[no-untyped-def]
+    """A row's largest x, NaN if there is one or no token, and the sum of exp(x - largest)."""
+    c = tl.arange(0, BLOCK_C)
+    peaks = tl.load(chunk_maxima_ptr + c, c < NUM_CHUNKS, other=float("-inf"))
+    sums = tl.load(chunk_sums_ptr + c, c < NUM_CHUNKS, other=0.0)
+    num_nan = tl.sum((sums != sums).to(tl.int32), axis=0)
+    largest = tl.max(peaks, axis=0)
+    factors = tl.exp(tl.minimum(peaks, LARGEST) - tl.minimum(largest, LARGEST))
+    mass = tl.sum(sums.to(tl.float64) * factors, axis=0)
+    is_bad = (num_nan > 0) | (largest == float("-inf"))
+    return tl.where(is_bad, float("nan"), largest), mass
 
 
 @triton.jit
@@ -193,9 +278,18 @@ def _rank_kernel(  # type: ignore[no-untyped-def]
     top_p_ptr,
     min_p_ptr,
     maxima_ptr,
+    chunk_maxima_ptr,
+    chunk_sums_ptr,
+    largest_ptr,
+    mass_ptr,
     floors_ptr,
+    counts_ptr,
+    token_ids_ptr,
+    is_bad_ptr,
     V,
-    NUM_GROUPS: tl.constexpr,
+    NUM_CHUNKS: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_G: tl.constexpr,
     MAX_RANK: tl.constexpr,
     MAX_FOUND: tl.constexpr,
@@ -206,22 +300,45 @@ def _rank_kernel(  # type: ignore[no-untyped-def]
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    is_filtered, by_count, _, top_k, _, min_p, _ = _filters_of(
+    is_filtered, by_count, by_mass, top_k, top_p, min_p, _ = _filters_of(
         row, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, V
     )
     floor = float("-inf")
     if is_filtered:
-        g = tl.arange(0, BLOCK_G)
-        peaks = tl.load(maxima_ptr + row * NUM_GROUPS + g, g < NUM_GROUPS, other=float("-inf"))
+        largest, mass = _row_mass(
+            chunk_maxima_ptr + row * NUM_CHUNKS,
+            chunk_sums_ptr + row * NUM_CHUNKS,
+            NUM_CHUNKS,
+            BLOCK_C,
+        )
+        tl.store(largest_ptr + row, largest)
+        tl.store(mass_ptr + row, mass)
+        tl.store(counts_ptr + row, 0)
         if min_p > 0.0:
-            floor = tl.max(peaks, axis=0) + tl.log(min_p)
-        rank = tl.where(by_count, top_k, MAX_RANK)
-        if rank > MAX_RANK:
+            floor = tl.minimum(largest + tl.log(min_p), LARGEST)
+        if largest != largest:
+            tl.store(token_ids_ptr + row, 0)
+            tl.store(is_bad_ptr + row, 1)
+            floor = float("inf")
+        elif by_count & (top_k > MAX_RANK):
             if (min_p <= 0.0) & (V > MAX_FOUND):
                 floor = float("inf")
-        elif by_count | (min_p <= 0.0):
-            # Of top-p alone the threshold may well be lower: then it is not settled here.
-            floor = tl.maximum(floor, _value_of_rank(peaks, rank))
+        elif by_count | (by_mass & (min_p <= 0.0)):
+            g = tl.arange(0, BLOCK_G)
+            is_group = g < NUM_CHUNKS * LANES
+            peaks = tl.load(maxima_ptr + row * NUM_CHUNKS * LANES + g, is_group, float("-inf"))
+            amounts = tl.full((BLOCK_G,), 1.0, tl.float32)
+            wanted = top_k.to(tl.float32)
+            if not by_count:
+                amounts = tl.exp(peaks - tl.minimum(largest, LARGEST))
+                # A little more, as the maxima are summed less exactly.
+                wanted = (1.00001 * top_p * mass).to(tl.float32)
+            reached = _value_reached_by(peaks, amounts, wanted)
+            if (not by_count) & (reached == float("-inf")):
+                # The maxima have not the mass; all that reach the following may have it.
+                amounts = tl.full((BLOCK_G,), 1.0, tl.float32)
+                reached = _value_reached_by(peaks, amounts, MAX_RANK)
+            floor = tl.maximum(floor, reached)
     tl.store(floors_ptr + row, floor)
 
 
@@ -254,20 +371,12 @@ def _collect_kernel(  # type: ignore[no-untyped-def]
         token_ids = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
         x = tl.load(logits_ptr + row * V + token_ids, token_ids < V, other=float("-inf")) * scale
         is_found = (x >= floor) & (x > float("-inf"))
-        num_found = tl.sum(is_found.to(tl.int32), axis=0)
-        if num_found > 0:
-            first = tl.atomic_add(counts_ptr + row, num_found, sem="relaxed")
-            place = first + tl.cumsum(is_found.to(tl.int32), axis=0) - 1
-            has_room = is_found & (place < MAX_FOUND)
-            tl.store(found_ptr + row * MAX_FOUND + place, x, has_room)
-            tl.store(found_ids_ptr + row * MAX_FOUND + place, token_ids, has_room)
-
-
-@triton.jit
-def _keys_of(x):  # type: ignore[no-untyped-def]
-    """Integers in the order of floats; the two zeros are one."""
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+        # Few tokens are found, so it does not matter that they take their places one by one.
+        count_ptrs = counts_ptr + row + tl.zeros((CHUNK,), tl.int32)
+        place = tl.atomic_add(count_ptrs, 1, is_found, sem="relaxed")
+        has_room = is_found & (place < MAX_FOUND)
+        tl.store(found_ptr + row * MAX_FOUND + place, x, has_room)
+        tl.store(found_ids_ptr + row * MAX_FOUND + place, token_ids, has_room)
 
 
 @triton.jit
@@ -294,124 +403,90 @@ def _mass_key(keys, weights, wanted, low, high):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _row_floor(  # type: ignore[no-untyped-def]
-    logits_row_ptr,
-    V,
-    scale,
-    lowest,
-    largest,
-    target,
-    BY_WEIGHT: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """The smallest x of a row, at or above ``lowest``, whose larger ones stay below ``target``.
-
-    They are counted, or with BY_WEIGHT summed as exp(x - largest). Bisection, whose ends move to
-    values of the row, so it ends as soon as one is left.
-    """
-    low = lowest
-    high = largest
-    cols = tl.arange(0, BLOCK_V)
-    while low < high:
-        middle = low + (high - low) * 0.5
-        middle = tl.where(middle > low, middle, high)
-        mass = tl.zeros((BLOCK_V,), tl.float32)
-        above = tl.full((BLOCK_V,), float("inf"), tl.float32)
-        below = tl.full((BLOCK_V,), float("-inf"), tl.float32)
-        for start in range(0, V, BLOCK_V):
-            inside = start + cols < V
-            x = tl.load(logits_row_ptr + start + cols, inside, other=float("-inf")) * scale
-            is_above = x >= middle
-            if BY_WEIGHT:
-                mass += tl.where(is_above, tl.exp(x - largest), 0.0)
-            else:
-                mass += tl.where(is_above, 1.0, 0.0)
-            above = tl.minimum(above, tl.where(is_above, x, float("inf")))
-            below = tl.maximum(below, tl.where(is_above, float("-inf"), x))
-        if tl.sum(mass.to(tl.float64), axis=0) >= target:
-            low = tl.min(above, axis=0)
-        else:
-            high = tl.max(below, axis=0)
-    return low
-
-
-@triton.jit
-def _long_way(  # type: ignore[no-untyped-def]
-    logits_row_ptr, V, scale, least, largest, by_count, by_mass, top_k, top_p, BLOCK_V: tl.constexpr
-):
-    """The threshold of a row's filters by reading the row again and again.
-
-    ``least`` and ``largest`` bound it; the former is -inf without a min-p.
-    """
-    largest = tl.minimum(largest, _LARGEST)
-    cols = tl.arange(0, BLOCK_V)
-    lowest = tl.full((BLOCK_V,), float("inf"), tl.float32)
-    for start in range(0, V, BLOCK_V):
-        x = tl.load(logits_row_ptr + start + cols, start + cols < V, other=float("-inf")) * scale
-        lowest = tl.minimum(lowest, tl.where(x > float("-inf"), x, float("inf")))
-    threshold = tl.maximum(tl.min(lowest, axis=0), least)
-    if by_count:
-        k = top_k.to(tl.float64)
-        threshold = _row_floor(logits_row_ptr, V, scale, threshold, largest, k, False, BLOCK_V)
-    if by_mass:
-        mass = tl.zeros((BLOCK_V,), tl.float32)
-        for start in range(0, V, BLOCK_V):
-            inside = start + cols < V
-            x = tl.load(logits_row_ptr + start + cols, inside, other=float("-inf")) * scale
-            mass += tl.where(x >= threshold, tl.exp(x - largest), 0.0)
-        wanted = top_p * tl.sum(mass.to(tl.float64), axis=0)
-        threshold = _row_floor(logits_row_ptr, V, scale, threshold, largest, wanted, True, BLOCK_V)
-    return tl.minimum(threshold, _LARGEST)
-
-
-@triton.jit
-def _row_mass(  # type: ignore[no-untyped-def]
-    maxima_ptr, sums_ptr, NUM_CHUNKS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """A row's largest x, the sum of exp(x - largest), and whether there is nothing to draw."""
-    c = tl.arange(0, BLOCK_C)
-    at = c[:, None] * GROUPS + tl.arange(0, GROUPS)[None, :]
-    peaks = tl.load(maxima_ptr + at, (c < NUM_CHUNKS)[:, None], other=float("-inf"))
-    peaks = tl.max(peaks, axis=1)
-    sums = tl.load(sums_ptr + c, c < NUM_CHUNKS, other=0.0)
-    num_nan = tl.sum((sums != sums).to(tl.int32), axis=0)
-    largest = tl.max(peaks, axis=0)
-    is_bad = (num_nan > 0) | (largest == float("-inf"))
-    factors = tl.exp(tl.minimum(peaks, _LARGEST) - tl.minimum(largest, _LARGEST))
-    return largest, tl.sum(sums.to(tl.float64) * factors, axis=0), is_bad
-
-
-@triton.jit
-def _kept(x, is_found, weights, by_count, by_mass, is_whole, top_k, num_found, top_p, mass):  # type: ignore[no-untyped-def]
-    """``x`` of the tokens that top-k and top-p keep, -inf of the others."""
-    keys = _keys_of(x)
-    low = tl.min(tl.where(is_found, keys, 0x7FFFFFFF), axis=0).to(tl.int64)
-    high = tl.max(keys, axis=0).to(tl.int64)
-    if by_count & (top_k < num_found):
-        low = _kth_key(keys, top_k, low, high)
-    if by_mass:
-        weights = tl.where(keys >= low.to(tl.int32), weights, 0.0)
-        if by_count | is_whole:
-            mass = tl.sum(weights, axis=0)
-        low = _mass_key(keys, weights, top_p * mass, low, high)
-    return tl.where(is_found & (keys >= low.to(tl.int32)), x, float("-inf"))
-
-
-@triton.jit
-def _draw_kept(x, token_ids, seed_ptr, position_ptr, V):  # type: ignore[no-untyped-def]
-    """The draw among tokens in any order; -inf is never drawn."""
+def _draw_kept(x, is_kept, token_id_ptrs, seed_ptr, position_ptr):  # type: ignore[no-untyped-def]
+    """The draw among tokens in any order."""
+    token_ids = tl.load(token_id_ptrs, is_kept, other=0x7FFFFFFF)
     key_a, key_b = noise_keys(tl.load(seed_ptr), tl.load(position_ptr))
     noisy = x + noise_of(noise_bits(key_a, key_b, token_ids))
-    winners = tl.where(noisy == tl.max(noisy, axis=0), token_ids, V)
+    noisy = tl.where(is_kept, noisy, float("-inf"))
+    winners = tl.where(noisy == tl.max(noisy, axis=0), token_ids, 0x7FFFFFFF)
     return tl.min(winners, axis=0)
 
 
 @triton.jit
-def _finish(row, token_id, is_bad, token_ids_ptr, is_bad_ptr, floors_ptr):  # type: ignore[no-untyped-def]
-    """Write a row's result, and that nothing is left to draw."""
-    tl.store(token_ids_ptr + row, token_id)
-    tl.store(is_bad_ptr + row, is_bad)
-    tl.store(floors_ptr + row, float("inf"))
+def _draw_of_few(  # type: ignore[no-untyped-def]
+    found_ptr,
+    found_ids_ptr,
+    num_found,
+    seed_ptr,
+    position_ptr,
+    largest,
+    mass,
+    by_count,
+    by_mass,
+    needs_mass,
+    top_k,
+    top_p,
+    FEW: tl.constexpr,
+):
+    """The draw, and whether there were enough tokens to know; each is compared with each."""
+    i = tl.arange(0, FEW)
+    x = tl.load(found_ptr + i, i < num_found, other=float("-inf"))
+    num_larger = tl.zeros((FEW,), tl.int32)
+    mass_larger = tl.zeros((FEW,), tl.float64)
+    for start in range(0, num_found, 16):
+        j = start + tl.arange(0, 16)
+        other = tl.load(found_ptr + j, j < num_found, other=float("-inf"))
+        weights = tl.exp(other - largest).to(tl.float64)
+        is_larger = other[None, :] > x[:, None]
+        num_larger += tl.sum(is_larger.to(tl.int32), axis=1)
+        mass_larger += tl.sum(tl.where(is_larger, weights[None, :], 0.0), axis=1)
+    is_kept = i < num_found
+    if by_count:
+        is_kept = is_kept & (num_larger < top_k)
+    weights = tl.where(is_kept, tl.exp(x - largest), 0.0).to(tl.float64)
+    found_mass = tl.sum(weights, axis=0)
+    if not needs_mass:
+        mass = found_mass
+    if by_mass:
+        is_kept = is_kept & ((mass_larger < top_p * mass) | (num_larger == 0))
+    token_id = _draw_kept(x, is_kept, found_ids_ptr + i, seed_ptr, position_ptr)
+    return token_id, (not needs_mass) | (found_mass >= top_p * mass)
+
+
+@triton.jit
+def _draw_of_many(  # type: ignore[no-untyped-def]
+    found_ptr,
+    found_ids_ptr,
+    num_found,
+    seed_ptr,
+    position_ptr,
+    largest,
+    mass,
+    by_count,
+    by_mass,
+    needs_mass,
+    top_k,
+    top_p,
+    MAX_FOUND: tl.constexpr,
+):
+    """The same, by bisection on the bits of the threshold."""
+    i = tl.arange(0, MAX_FOUND)
+    x = tl.load(found_ptr + i, i < num_found, other=float("-inf"))
+    keys = key_of(x)
+    low = tl.min(tl.where(i < num_found, keys, 0x7FFFFFFF), axis=0).to(tl.int64)
+    high = tl.max(keys, axis=0).to(tl.int64)
+    if by_count & (top_k < num_found):
+        low = _kth_key(keys, top_k, low, high)
+    weights = tl.where(keys >= low.to(tl.int32), tl.exp(x - largest), 0.0).to(tl.float64)
+    found_mass = tl.sum(weights, axis=0)
+    if not needs_mass:
+        mass = found_mass
+    is_enough = (not needs_mass) | (found_mass >= top_p * mass)
+    if by_mass & is_enough:
+        low = _mass_key(keys, weights, top_p * mass, low, high)
+    is_kept = (i < num_found) & (keys >= low.to(tl.int32))
+    return _draw_kept(x, is_kept, found_ids_ptr + i, seed_ptr, position_ptr), is_enough
 
 
 @triton.jit
@@ -423,8 +498,8 @@ def _settle_kernel(  # type: ignore[no-untyped-def]
     min_p_ptr,
     seeds_ptr,
     positions_ptr,
-    maxima_ptr,
-    sums_ptr,
+    largest_ptr,
+    mass_ptr,
     counts_ptr,
     found_ptr,
     found_ids_ptr,
@@ -432,9 +507,7 @@ def _settle_kernel(  # type: ignore[no-untyped-def]
     token_ids_ptr,
     is_bad_ptr,
     V,
-    NUM_CHUNKS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    FEW: tl.constexpr,
     MAX_FOUND: tl.constexpr,
     BLOCK_V: tl.constexpr,
     PDL: tl.constexpr,
@@ -448,49 +521,69 @@ def _settle_kernel(  # type: ignore[no-untyped-def]
         row, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, V
     )
     if is_filtered:
-        largest, mass, is_bad = _row_mass(
-            maxima_ptr + row * NUM_CHUNKS * GROUPS,
-            sums_ptr + row * NUM_CHUNKS,
-            NUM_CHUNKS,
-            GROUPS,
-            BLOCK_C,
-        )
-        least = float("-inf")
-        if min_p > 0.0:
-            least = largest + tl.log(min_p)
-        if is_bad:
-            _finish(row, 0, 1, token_ids_ptr, is_bad_ptr, floors_ptr)
-        elif by_count | by_mass:
-            i = tl.arange(0, MAX_FOUND)
+        largest = tl.load(largest_ptr + row)
+        if (largest == largest) & (by_count | by_mass):
+            mass = tl.load(mass_ptr + row)
+            shift = tl.minimum(largest, LARGEST)
+            least = float("-inf")
+            if min_p > 0.0:
+                least = largest + tl.log(min_p)
             num_found = tl.load(counts_ptr + row)
-            is_found = i < num_found
-            x = tl.load(found_ptr + row * MAX_FOUND + i, is_found, other=float("-inf"))
-            weights = tl.exp(x - tl.minimum(largest, _LARGEST)).to(tl.float64)
+            found_ptr += row * MAX_FOUND
+            found_ids_ptr += row * MAX_FOUND
             # Everything that min-p keeps was looked for, so nothing below can matter.
             is_whole = tl.load(floors_ptr + row) <= least
-            is_enough = is_whole | (by_count & (num_found >= top_k))
-            if by_mass & (not by_count) & (not is_whole):
-                is_enough = tl.sum(weights, axis=0) >= top_p * mass
-            if is_enough & (num_found <= MAX_FOUND):
-                token_ids = tl.load(found_ids_ptr + row * MAX_FOUND + i, is_found, other=0)
-                x = _kept(
-                    x, is_found, weights, by_count, by_mass, is_whole, top_k, num_found, top_p, mass
+            needs_mass = by_mass & (not by_count) & (not is_whole)
+            is_enough = (is_whole | needs_mass | (num_found >= top_k)) & (num_found <= MAX_FOUND)
+            token_id = tl.full((), 0, tl.int32)
+            if is_enough & (num_found <= FEW):
+                token_id, is_enough = _draw_of_few(
+                    found_ptr,
+                    found_ids_ptr,
+                    num_found,
+                    seeds_ptr + row,
+                    positions_ptr + row,
+                    shift,
+                    mass,
+                    by_count,
+                    by_mass,
+                    needs_mass,
+                    top_k,
+                    top_p,
+                    FEW,
                 )
-                token_id = _draw_kept(x, token_ids, seeds_ptr + row, positions_ptr + row, V)
-                _finish(row, token_id, 0, token_ids_ptr, is_bad_ptr, floors_ptr)
+            elif is_enough:
+                token_id, is_enough = _draw_of_many(
+                    found_ptr,
+                    found_ids_ptr,
+                    num_found,
+                    seeds_ptr + row,
+                    positions_ptr + row,
+                    shift,
+                    mass,
+                    by_count,
+                    by_mass,
+                    needs_mass,
+                    top_k,
+                    top_p,
+                    MAX_FOUND,
+                )
+            floor = float("inf")
+            if is_enough:
+                tl.store(token_ids_ptr + row, token_id.to(tl.int64))
+                tl.store(is_bad_ptr + row, 0)
             else:
-                floor = _long_way(
+                floor = row_threshold(
                     logits_ptr + row * V,
                     V,
                     scale,
                     least,
                     largest,
+                    mass,
                     by_count,
                     by_mass,
                     top_k,
                     top_p,
                     BLOCK_V,
                 )
-                tl.store(floors_ptr + row, floor)
-        else:
-            tl.store(floors_ptr + row, tl.minimum(least, _LARGEST))
+            tl.store(floors_ptr + row, floor)
