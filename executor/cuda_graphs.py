@@ -7,8 +7,8 @@ part serves larger steps too. A step takes the smallest size that holds it; the 
 belong to nobody. Larger steps, and contexts beyond what was asked to be captured, run eagerly.
 
 Every size is rehearsed once at the start, which compiles all that it launches. The smallest decode
-sizes are recorded then as well; the others in idle moments, or, but for mixed ones, when first
-needed, as they will be needed again in the next step. Nothing is compiled while recording.
+sizes are recorded then as well; the others in idle moments, or when needed: decode sizes at once,
+as the next step will be of the same size, mixed ones the second time. Recording compiles nothing.
 
 What must not move, because recordings hold its address: weights, cache, rows, ``StepBuffers``.
 Temporaries of all recordings share one piece of memory, so what a replay leaves there (logits,
@@ -45,6 +45,7 @@ _MIXED_SPACING = ((128, 32), (512, 64), (1024, 128), (2048, 256))
 _MAX_WEIGHT_TOKENS, _MIN_MAX_MIXED = 2.5e12, 512
 _BYTES_PER_GRAPH = 2 * 2**20  # the driver's: 1.1 MiB were measured for 28 layers
 _NUM_AT_START = 4  # decode sizes recorded before the first request
+_PATIENCE = 1  # steps that run eagerly before a mixed size is recorded while others wait
 
 logger = logging.getLogger(__name__)
 
@@ -234,6 +235,7 @@ class MixedGraph:
         self.size = size
         self.views = buffers.mixed_views(sizes.max_requests, size)
         self.recording: Recording | None = None
+        self.num_missed = 0  # steps that would have taken it
         self._parts = parts
         self._buffers = buffers
         self._sizes = sizes
@@ -375,7 +377,13 @@ class StepGraphs:
         at = bisect_left(self.sizes.mixed, packed.num_tokens)
         if at == len(self._mixed) or packed.rows.size > self.sizes.max_requests:
             return None
-        return self._mixed[at] if self._mixed[at].recording is not None else None
+        graph = self._mixed[at]
+        if graph.recording is None:
+            graph.num_missed += 1
+            if graph.num_missed <= _PATIENCE:
+                return None
+            self._record(graph)
+        return graph
 
     def choose_draws(self, num_draws: int, hidden: Tensor) -> DrawGraph | None:
         """The recorded draws that hold so many; None when they must be made eagerly.

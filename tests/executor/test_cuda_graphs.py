@@ -113,7 +113,7 @@ def test_a_step_takes_the_smallest_size_that_holds_it() -> None:
     assert choose([0, 1]) is None, "a context beyond what is captured"
 
 
-def test_sizes_are_recorded_when_needed_and_those_of_prompts_only_in_idle_moments() -> None:
+def test_sizes_are_recorded_when_needed_and_those_of_prompts_when_needed_again() -> None:
     rig = Rig(graphs=SIZES)
     graphs = rig.runner.graphs
     assert graphs is not None
@@ -124,6 +124,9 @@ def test_sizes_are_recorded_when_needed_and_those_of_prompts_only_in_idle_moment
 
     rig.prefill([1, 2])
     assert rig.recorder.num_recorded == 5, "a prompt's size is left for later"
+    rig.step(make_plan([], freed_rows=[0]))
+    rig.prefill([1, 2])
+    assert rig.recorder.num_recorded == 6, "unless it comes again"
     while graphs.record_next():
         pass
     assert rig.recorder.num_recorded == num_sizes
