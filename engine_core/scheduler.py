@@ -20,12 +20,16 @@ from engine_core.kv_cache_manager import KVCacheManager
 from engine_core.lifecycle import Lifecycle
 from engine_core.request import Request, RequestGroup, RequestStatus
 from engine_core.step_builder import StepBuilder, StepInFlight
+from engine_core.step_cost import StepCost
 from engine_core.step_result import StepResult
 from engine_core.stop_checker import check_stop
 from ipc.config import SchedulerConfig
 from ipc.errors import ProtocolError
 from ipc.messages import FinishReason, ModelRunnerOutput, SchedulerOutput
 from ipc.tensors import Frames
+
+_MANY_WAITING = 64  # from here on throughput counts, and nobody adds up their tokens
+_LATEST = 8  # of those that run, so many may still have a part of their prompt to compute
 
 
 class Scheduler:
@@ -52,6 +56,8 @@ class Scheduler:
         self._admission = Admission(
             self.lifecycle, kv_cache, self._headroom, is_chunking=config.enable_chunked_prefill
         )
+        self._cost = StepCost(config.max_prefill_slowdown if config.enable_chunked_prefill else 0.0)
+        self._has_streams = False  # whether the latest step let somebody decode
         self._in_flight: deque[StepInFlight] = deque()
         self._num_planned = 0  # the next step's id
         self._answered: list[Request] = []  # the user's processors gave their logits back
@@ -119,7 +125,7 @@ class Scheduler:
         Args:
             now_s: the caller's clock, for the delay factor and for when requests began.
         """
-        step = StepBuilder(self._num_planned, self._max_step_tokens, now_s)
+        step = StepBuilder(self._num_planned, self._budget(), now_s)
         self._schedule_running(step)
         if len(self.lifecycle.waiting) and not step.has_preempted:  # else blocks are short
             self._admission.admit_waiting(step)
@@ -131,7 +137,22 @@ class Scheduler:
         transfers = self.kv_cache.take_transfers()
         plan, frames, in_flight = step.build(self.lifecycle.rows.take_freed(), transfers)
         self._in_flight.append(in_flight)
+        self._has_streams = in_flight.num_decodes > 0
         return plan, frames
+
+    def _budget(self) -> int:
+        """Tokens of the next step: all that are allowed, or fewer so that streams stay even."""
+        waiting, running = self.lifecycle.waiting, self.lifecycle.running
+        if not self._has_streams or len(waiting) > _MANY_WAITING:
+            return self._max_step_tokens
+        num_waiting = sum(request.num_tokens for request in waiting)
+        num_waiting += sum(max(0, request.num_tokens_owed - 1) for request in running[-_LATEST:])
+        if num_waiting <= 0:
+            return self._max_step_tokens
+        num_prompt_tokens = self._cost.max_prompt_tokens(num_waiting)
+        if num_prompt_tokens is None:
+            return self._max_step_tokens
+        return min(self._max_step_tokens, len(running) + num_prompt_tokens)
 
     def _schedule_running(self, step: StepBuilder) -> None:
         step_id, add_row, add_request = step.step_id, step.rows.append, step.requests.append
@@ -238,6 +259,7 @@ class Scheduler:
         if finished or result.failed:
             self.lifecycle.drop_finished()
         self.lifecycle.release_leaving()
+        self._cost.note(step.num_prompt_tokens, step.num_decodes, output.device_time_s)
         self._count(step, len(gained), now_s)
         return result
 

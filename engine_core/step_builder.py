@@ -19,6 +19,7 @@ class StepInFlight:
     sampling: list[Request]  # who gains a token, in the order of the answer
     num_tokens: int
     num_prompt_tokens: int
+    num_decodes: int  # rows that compute one token behind their prompt
     planned_s: float
 
     def requests_by_row(self) -> dict[int, Request]:
@@ -127,6 +128,7 @@ class StepBuilder:
             sampling,
             num_tokens,
             self.num_prompt_tokens,
+            len(self.rows) - len(self.prefill_rows),
             self.now_s,
         )
         return plan, self.frames, in_flight

@@ -199,6 +199,11 @@ class EngineArgs:
     max_steps_in_flight: int = flag(
         2, help="steps planned before the first is answered; 1: the plain loop"
     )
+    max_prefill_slowdown: float = flag(
+        2.5,
+        help="how many times as long a step of running streams may take for prompts that enter, "
+        "while few wait; 0: no limit",
+    )
     scheduling_policy: str = flag(
         "fcfs", choices=("fcfs", "priority"), help="order of waiting requests"
     )
@@ -364,6 +369,7 @@ class EngineArgs:
             preemption_mode=self.preemption_mode,
             max_steps_in_flight=self.max_steps_in_flight,
             max_waiting_requests=self.max_waiting_requests,
+            max_prefill_slowdown=self.max_prefill_slowdown,
         )
 
     def _default_token_budget(self, max_model_len: int, device: str) -> int:

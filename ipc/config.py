@@ -6,6 +6,7 @@ Nothing here reads a file: ``frontend/engine_args.py`` fills these in and cross-
 A constructor elsewhere takes its own sub-config, never the sum.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -145,6 +146,7 @@ class SchedulerConfig:
     preemption_mode: str | None = None  # None: recompute, swap for several branches; or by name
     max_steps_in_flight: int = 2
     max_waiting_requests: int | None = None  # None: 4 * max_num_seqs beyond the running ones
+    max_prefill_slowdown: float = 0.0  # of a step with streams, by prompts; 0: no limit
 
     def __post_init__(self) -> None:
         """Reject what could only fail later, and name the flag to change."""
@@ -178,6 +180,11 @@ class SchedulerConfig:
         if not 1 <= self.max_steps_in_flight <= 8:
             raise ConfigError(
                 f"--max-steps-in-flight must be between 1 and 8, got {self.max_steps_in_flight}"
+            )
+        if self.max_prefill_slowdown and not 1 < self.max_prefill_slowdown < math.inf:
+            raise ConfigError(
+                f"--max-prefill-slowdown must be above 1, or 0 for no limit, "
+                f"got {self.max_prefill_slowdown:g}"
             )
 
 

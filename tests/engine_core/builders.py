@@ -45,6 +45,7 @@ class Setup:
     enable_chunked_prefill: bool = True
     sliding_window: int | None = None
     max_steps_in_flight: int = 2
+    max_prefill_slowdown: float = 0.0
     policy: str = "fcfs"
     preemption_mode: str | None = None
     num_lookahead_slots: int = 0
@@ -70,6 +71,7 @@ class Setup:
                 policy=self.policy,
                 preemption_mode=self.preemption_mode,
                 max_steps_in_flight=self.max_steps_in_flight,
+                max_prefill_slowdown=self.max_prefill_slowdown,
             ),
         )
 

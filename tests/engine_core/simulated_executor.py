@@ -35,6 +35,9 @@ VOCAB_SIZE = 61
 
 UserProcessor = Callable[[Sequence[float]], list[float]]
 
+DECODE_S = 0.004  # what a step claims to take, and what each token of a prompt adds to it
+PROMPT_TOKEN_S = 0.00002
+
 
 def extend_digests(digests: list[int], token_ids: Sequence[int]) -> None:
     """Append the digest of each prefix that ends in one of ``token_ids``."""
@@ -260,7 +263,9 @@ class SimulatedExecutor:
             row.has_logits = False
             logits = read(sample_row.logits, frames).cast("f").tolist()
             self._append(row, argmax(logits), answer)
-        return answer.message(plan.step_id), answer.frames
+        num_prompt_tokens = sum(count for count in counts if count > 1)
+        device_time_s = DECODE_S + num_prompt_tokens * PROMPT_TOKEN_S
+        return answer.message(plan.step_id, device_time_s), answer.frames
 
     def _check_batch(self, plan: SchedulerOutput, counts: Sequence[int]) -> None:
         assert plan.rows or plan.sample_rows, "an empty plan"
@@ -346,7 +351,12 @@ class _Answer:
     logits_rows: list[tuple[int, TensorRef]] = field(default_factory=list)
     frames: list[bytes | memoryview] = field(default_factory=list)
 
-    def message(self, step_id: int) -> ModelRunnerOutput:
+    def message(self, step_id: int, device_time_s: float) -> ModelRunnerOutput:
         return ModelRunnerOutput(
-            step_id, self.sampled_token_ids, self.logprobs, self.nan_rows, self.logits_rows
+            step_id,
+            self.sampled_token_ids,
+            self.logprobs,
+            self.nan_rows,
+            self.logits_rows,
+            device_time_s=device_time_s,
         )

@@ -44,6 +44,51 @@ def test_prompt_is_chunked_by_the_token_budget(prompt_len: int, expected: list[i
     assert plan_tokens(rig) == [{"a": n} for n in expected]
 
 
+def test_streams_bear_short_chunks_of_a_prompt_once_the_costs_are_known() -> None:
+    # A decode takes 4 ms and a prompt token 0.02 ms: twice the time leaves 200 tokens, fewer
+    # at first, when a token's cost is known from a step that held nothing else.
+    rig = Rig(
+        max_num_batched_tokens=2048,
+        max_model_len=2048,
+        num_gpu_blocks=600,
+        max_steps_in_flight=1,
+        max_prefill_slowdown=2.0,
+        enable_prefix_caching=False,
+    )
+    rig.add(make_request("stream", 500, max_tokens=60))
+    for _ in range(40):
+        rig.step()
+
+    rig.add(make_request("the prompt", 700, max_tokens=2))
+    for _ in range(7):
+        rig.step()
+
+    chunks = [step["the prompt"] for step in plan_tokens(rig) if "the prompt" in step]
+    assert chunks == [pytest.approx(170, abs=30)] * 4 + [700 - sum(chunks[:4]), 1]
+    assert plan_tokens(rig)[0] == {"stream": 500}  # nobody waited for this one
+
+
+def test_a_long_queue_gets_the_whole_budget() -> None:
+    rig = Rig(
+        max_num_batched_tokens=2048,
+        max_model_len=128,
+        max_num_seqs=80,
+        num_gpu_blocks=2000,
+        enable_prefix_caching=False,
+        max_steps_in_flight=1,
+        max_prefill_slowdown=2.0,
+    )
+    rig.add(make_request("stream", 100, max_tokens=20))
+    for _ in range(5):
+        rig.step()
+    for i in range(70):
+        rig.add(make_request(f"r{i}", 100, max_tokens=2))
+
+    rig.step()
+
+    assert sum(last_plan(rig).num_new_tokens) == 2048
+
+
 def test_newest_request_gives_way_when_blocks_run_out() -> None:
     # Two requests of two blocks each fill the pool; the second decode needs a fifth block.
     rig = Rig(num_gpu_blocks=5, block_size=8, max_steps_in_flight=1, growth_tokens=0)

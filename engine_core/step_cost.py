@@ -1,0 +1,59 @@
+"""What steps take on the device, learned from their answers, and how many prompt tokens one bears.
+
+While prompts enter, every running stream waits for the step that computes them. So a step with
+streams in it takes only so many prompt tokens that it lasts ``max_slowdown`` times a step without
+any. Where more prompts wait than a few such steps would finish, their time to first token weighs
+more than the gap: chunks grow with the backlog, up to the whole budget for a batch job.
+
+The model has two terms: the time of a step that only decodes, and the time that each prompt token
+adds. Both follow the measured times, so the model, the batch and the device may be any.
+"""
+
+_DRAIN_STEPS = 8  # a backlog is to be done in so many steps
+_MIN_CHUNK = 64  # tokens; fewer would cost a step's fixed time again and again
+_LEARNING_RATE = 0.1
+_MIN_LEARNT_TOKENS = 32  # fewer prompt tokens tell nothing about the time of one
+
+
+class StepCost:
+    """Owns the two estimates. Without both of them nothing is limited."""
+
+    def __init__(self, max_slowdown: float) -> None:
+        """Limit steps to ``max_slowdown`` times the time of a decode step; 0: never."""
+        self._max_slowdown = max_slowdown
+        self._decode_s: float | None = None  # a step that only decodes
+        self._token_s: float | None = None  # what each prompt token adds
+
+    def note(self, num_prompt_tokens: int, num_decodes: int, device_time_s: float) -> None:
+        """Learn from an answered step.
+
+        Args:
+            num_decodes: streams that gained a token in it.
+            device_time_s: as the worker measured it; 0 says nothing.
+        """
+        if device_time_s <= 0:
+            return
+        if num_prompt_tokens == 0:
+            self._decode_s = _follow(self._decode_s, device_time_s)
+        elif num_prompt_tokens >= _MIN_LEARNT_TOKENS:
+            others_s = 0.0 if num_decodes == 0 else self._decode_s or 0.0
+            added_s = max(device_time_s - others_s, 0.1 * device_time_s)
+            self._token_s = _follow(self._token_s, added_s / num_prompt_tokens)
+
+    def max_prompt_tokens(self, num_waiting_tokens: int) -> int | None:
+        """How many prompt tokens a step with streams in it takes; None: as many as there are.
+
+        Args:
+            num_waiting_tokens: prompt tokens that wait to be computed.
+        """
+        if not self._max_slowdown or self._decode_s is None or self._token_s is None:
+            return None
+        flat = int((self._max_slowdown - 1) * self._decode_s / self._token_s)
+        return max(flat, num_waiting_tokens // _DRAIN_STEPS, _MIN_CHUNK)
+
+
+def _follow(estimate: float | None, measured: float) -> float:
+    """Move an estimate towards what was measured; an outlier moves it by little."""
+    if estimate is None:
+        return measured
+    return estimate + _LEARNING_RATE * (min(measured, 3 * estimate) - estimate)
