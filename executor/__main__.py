@@ -18,6 +18,7 @@ from typing import Any, NoReturn, Protocol
 
 import msgspec
 
+from executor.early_start import EarlyStart
 from executor.failures import DEVICE_STAGE, exit_code, worker_error
 from executor.step_clock import sharpen_timers
 from executor.worker_process import Boot, identity_of
@@ -106,9 +107,14 @@ class Rank:
         """Start the worker and serve until told to end."""
         boot = self.boot
         channel.send(LoadProgress(boot.rank, "starting", 0, 1, 0.0))
-        make_worker = self._make_worker or _default_worker()
-        self._worker = make_worker(decode_config(boot.config), boot.rank)
-        ready = self._worker.start(channel.send, boot.rendezvous)
+        config = decode_config(boot.config)
+        make_worker = self._make_worker
+        early = {}
+        if make_worker is None:
+            early = {"early": EarlyStart(config, boot.rank)}
+            make_worker = _default_worker()
+        self._worker = make_worker(config, boot.rank)
+        ready = self._worker.start(channel.send, boot.rendezvous, **early)
         answers: Answers = DirectAnswers(channel, boot.rank)
         if self._worker.is_asynchronous:
             answers = ThreadedAnswers(self)

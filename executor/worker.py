@@ -10,19 +10,23 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Protocol
 
 import torch
 
-from executor.cuda_graphs import CudaRecorder, GraphPlan, graph_sizes, is_recordable
+from executor.cuda_graphs import CudaRecorder, GraphPlan
 from executor.device import (
-    DTYPES,
     host_memory,
     join_group,
     memory_used,
     set_up_device,
     smallest,
 )
+from executor.early_start import EarlyStart
+from executor.kernel_build import KernelBuild, begin_build
+from executor.kernel_cache import Target
+from executor.kernel_compiler import hash_compilers_aside
 from executor.kv_cache import KVCache, bytes_per_block
 from executor.loader.loader import LoadedModel, load_model
 from executor.memory import (
@@ -31,7 +35,6 @@ from executor.memory import (
     Need,
     activation_bytes,
     check_swap_space,
-    graph_temporaries_bytes,
     plan_cpu_blocks,
     plan_gpu_blocks,
     plan_swap_blocks,
@@ -40,8 +43,9 @@ from executor.model_config import ModelShape
 from executor.model_runner import ModelRunner, PendingStep
 from executor.parallel import TensorParallel
 from executor.profiling import RankProfiler
-from executor.request_states import SLACK_TOKENS, RequestStates
-from executor.warm_up import warm_up, watch_compilations
+from executor.rank_setup import dtype_of, make_states, plan_graphs, run_first_steps, shape_of
+from executor.request_states import RequestStates
+from executor.warm_up import watch_compilations
 from executor.weights import move_weights
 from ipc.config import EngineConfig, LoadConfig, ModelConfig
 from ipc.errors import UnsupportedError
@@ -62,8 +66,6 @@ from ipc.tensors import Frames
 
 # What a CUDA context takes on the device before the first tensor; it cannot be asked for.
 CONTEXT_BYTES = 600 * 2**20
-# On a CPU there is nothing to verify or compile: a few tokens prove that a step works.
-CPU_WARM_UP_TOKENS = 16
 PROGRESS_S = 0.1  # between two reports of one phase
 
 logger = logging.getLogger(__name__)
@@ -151,11 +153,17 @@ class Worker:
         """Whether an executed step still runs when ``execute`` returns."""
         return self._device.type == "cuda"
 
-    def start(self, on_progress: OnProgress, rendezvous: str | None = None) -> WorkerReady:
+    def start(
+        self,
+        on_progress: OnProgress,
+        rendezvous: str | None = None,
+        early: EarlyStart | None = None,
+    ) -> WorkerReady:
         """Set up the device, load the model, allocate the cache, run the first steps.
 
         Args:
             rendezvous: path of a file where the ranks meet; needed beyond one worker.
+            early: what this process began before it imported torch.
 
         Raises:
             ConfigError: a value cannot work on this machine.
@@ -173,14 +181,18 @@ class Worker:
                 self._baseline_free = torch.cuda.mem_get_info()[0]
             world_size = config.parallel_config.world_size
             self._tp = join_group(self._rank, world_size, rendezvous, self._device)
+        kernels = _begin_kernels(config, self._device, early)
         with phases.phase("loading weights"):
             self._loaded = self._load_weights()
         with phases.phase("memory"):
-            shape = self._shape()
-            self._states = self._make_states(shape.vocab_size)
+            shape = shape_of(config)
+            self._states = make_states(config, self._device)
             activations = self._activation_bytes(shape)
             self._num_blocks = self._plan_blocks(activations)
             cache_bytes = self._make_runner()
+        if kernels is not None:
+            with phases.phase("compiling kernels"):
+                kernels.wait(partial(phases.report, phases.stage))
         with phases.phase("warming up"):
             peak = self._warm_up()
             if peak > activations and config.cache_config.num_gpu_blocks_override is None:
@@ -257,26 +269,6 @@ class Worker:
             on_progress=lambda _, done, total: self.phases.report(self.phases.stage, done, total),
         )
 
-    def _shape(self) -> ModelShape:
-        model_config = self._config.model_config
-        return ModelShape.from_hf(
-            model_config.hf_config, max_model_len=model_config.resolved_max_model_len
-        )
-
-    def _make_states(self, vocab_size: int) -> RequestStates:
-        scheduler = self._config.scheduler_config
-        return RequestStates(
-            max_num_seqs=scheduler.max_num_seqs,
-            max_model_len=self._max_model_len + scheduler.num_lookahead_slots,
-            block_size=self._config.cache_config.block_size,
-            vocab_size=vocab_size,
-            device=self._device,
-        )
-
-    @property
-    def _max_model_len(self) -> int:
-        return self._config.model_config.resolved_max_model_len
-
     def _activation_bytes(self, shape: ModelShape) -> int:
         scheduler = self._config.scheduler_config
         return activation_bytes(
@@ -284,41 +276,15 @@ class Worker:
             tp_size=self._tp.size,
             max_num_batched_tokens=scheduler.max_num_batched_tokens,
             max_num_seqs=scheduler.max_num_seqs,
-            item_size=self._cache_dtype.itemsize,
+            item_size=dtype_of(self._config).itemsize,
         )
 
     @property
     def _graph_plan(self) -> GraphPlan | None:
         """What steps are recorded, None where all of them run eagerly."""
-        config, loaded = self._config.model_config, self._loaded
-        if self._device.type != "cuda" or config.enforce_eager or loaded is None:
+        if self._device.type == "cpu" or self._loaded is None:
             return None
-        if not is_recordable(loaded.model):
-            return None
-        scheduler = self._config.scheduler_config
-        sizes = graph_sizes(
-            max_num_seqs=scheduler.max_num_seqs,
-            max_num_batched_tokens=scheduler.max_num_batched_tokens,
-            max_seq_len=min(
-                config.max_seq_len_to_capture,
-                self._max_model_len + scheduler.num_lookahead_slots + SLACK_TOKENS,
-            ),
-            num_weights=loaded.weights_bytes // self._cache_dtype.itemsize,
-        )
-        return GraphPlan(
-            sizes=sizes,
-            temporaries_bytes=graph_temporaries_bytes(
-                self._shape(),
-                tp_size=self._tp.size,
-                max_tokens=sizes.max_tokens,
-                max_requests=sizes.max_requests,
-                item_size=self._cache_dtype.itemsize,
-            ),
-        )
-
-    @property
-    def _cache_dtype(self) -> torch.dtype:
-        return DTYPES[self._config.model_config.dtype]
+        return plan_graphs(self._config, self._loaded, tp_size=self._tp.size)
 
     def _plan_blocks(self, activations: int) -> tuple[int, int]:
         """Blocks of the cache and of the swap pool, the same on every rank."""
@@ -328,10 +294,10 @@ class Worker:
             block_bytes=bytes_per_block(
                 self._loaded.model.kv_cache_specs(),
                 config.cache_config.block_size,
-                self._cache_dtype,
+                dtype_of(self._config),
             ),
             block_size=config.cache_config.block_size,
-            max_model_len=self._max_model_len,
+            max_model_len=config.model_config.resolved_max_model_len,
             max_num_seqs=scheduler.max_num_seqs,
             num_lookahead_slots=scheduler.num_lookahead_slots,
         )
@@ -382,7 +348,7 @@ class Worker:
             num_blocks=self._num_blocks[0],
             num_swap_blocks=self._num_blocks[1],
             block_size=self._config.cache_config.block_size,
-            dtype=self._cache_dtype,
+            dtype=dtype_of(self._config),
             device=self._device,
         )
         self._runner = ModelRunner(model, kv_cache, self._states)
@@ -391,23 +357,13 @@ class Worker:
     def _warm_up(self) -> int:
         """Run the first steps; returns the bytes they needed beyond what is always there."""
         assert self._runner is not None
-        scheduler = self._config.scheduler_config
-        is_gpu = self._device.type == "cuda"
-        before = torch.cuda.memory_allocated() if is_gpu else 0
-        if is_gpu:
-            torch.cuda.reset_peak_memory_stats()
-        warm_up(
-            self._runner,
-            num_tokens=min(
-                scheduler.max_num_batched_tokens,
-                scheduler.max_num_batched_tokens if is_gpu else CPU_WARM_UP_TOKENS,
-            ),
-            max_model_len=self._max_model_len,
-            max_num_seqs=scheduler.max_num_seqs,
-            block_size=self._config.cache_config.block_size,
-            is_thorough=is_gpu,
-        )
-        return torch.cuda.max_memory_allocated() - before if is_gpu else 0
+        if not self.is_asynchronous:
+            run_first_steps(self._config, self._runner, is_gpu=self.is_asynchronous)
+            return 0
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run_first_steps(self._config, self._runner, is_gpu=self.is_asynchronous)
+        return torch.cuda.max_memory_allocated() - before
 
     def _record_graphs(self, *, is_first: bool) -> None:
         """Record what the first requests will need; the rest is for idle moments."""
@@ -420,6 +376,8 @@ class Worker:
         if is_first:
             graphs.rehearse()
         graphs.record_first()
+        while self._tp.size > 1 and graphs.record_next():
+            pass  # now, in step with the other ranks: recorded collectives may talk to their peers
 
     def _sleep(self, level: int) -> None:
         """Drop the cache; at level 1 the weights wait on the host, at level 2 they go too."""
@@ -444,3 +402,15 @@ class Worker:
             move_weights(self._loaded.model, self._device)
         self._make_runner()
         self._record_graphs(is_first=False)
+
+
+def _begin_kernels(
+    config: EngineConfig, device: torch.device, early: EarlyStart | None
+) -> KernelBuild | None:
+    """The process that compiles what is not compiled yet, None when there is none."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    target = Target(10 * properties.major + properties.minor, properties.multi_processor_count)
+    hash_compilers_aside(target)
+    return begin_build(config, target) if early is None else early.kernels()

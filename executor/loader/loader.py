@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -63,11 +64,8 @@ def load_model(
         )
     if not registry.is_native(model_config.hf_config):
         return _load_fallback(model_config, load_config, device, tp, on_progress)
-    shape, dtype = _shape_and_dtype(model_config)
-    method = UnquantizedLinearMethod(deterministic=bool(model_config.deterministic))
-    with torch.device("meta"):
-        model_class = registry.resolve(model_config.hf_config)
-        model = model_class(shape, LayerFactory(tp, dtype, method))
+    shape, _ = _shape_and_dtype(model_config)
+    model = build_model(model_config, shape, tp)
     _allocate(model, device)
     assigner = WeightAssigner(model, model.checkpoint_names, model.packed_modules)
     if load_config.load_format == "dummy":
@@ -75,12 +73,26 @@ def load_model(
     else:
         lines = _fill_from_files(assigner, model_config, load_config, on_progress)
     weights_bytes = parameter_bytes(model)
+    finish_model(model, device)
+    return LoadedModel(model, weights_bytes, _digest(model_config.hf_config, lines))
+
+
+def build_model(model_config: ModelConfig, shape: ModelShape, tp: TensorParallel) -> Any:
+    """An architecture of our own in ``shape``, on the meta device: nothing is allocated."""
+    _, dtype = _shape_and_dtype(model_config)
+    method = UnquantizedLinearMethod(deterministic=bool(model_config.deterministic))
+    with torch.device("meta"):
+        model_class = registry.resolve(model_config.hf_config)
+        return model_class(shape, LayerFactory(tp, dtype, method))
+
+
+def finish_model(model: nn.Module, device: torch.device) -> None:
+    """Every parameter is in place: let the layers choose how they compute."""
     for module in model.modules():
         finish = getattr(module, "finish_loading", None)
         if finish is not None:
             finish(device)
     model.eval().requires_grad_(False)
-    return LoadedModel(model, weights_bytes, _digest(model_config.hf_config, lines))
 
 
 def _allocate(model: nn.Module, device: torch.device) -> None:
