@@ -10,6 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import dependent_launch
+
+_CHUNK = 4096
+_MAX_NAMED = 32  # tokens that are named by repeated search
+
 TokenLogprobs = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
@@ -61,40 +66,152 @@ def token_logprobs_cpu(logits: Tensor, token_ids: Tensor, k: int) -> TokenLogpro
 
 
 def token_logprobs_triton(logits: Tensor, token_ids: Tensor, k: int) -> TokenLogprobs:
-    """Launch the kernel, one program a row; the k best come from torch's own selection."""
+    """Launch the kernels: each chunk of a row names its best, then the row the best of these.
+
+    Both read what they need once. Of equal tokens the lowest ids are named. Where k is large the
+    k best come from torch's own selection.
+    """
     B, V = logits.shape
-    log_sum = torch.empty(B, dtype=torch.float32, device=logits.device)
-    chosen = torch.empty_like(log_sum)
-    rank = torch.empty(B, dtype=torch.int64, device=logits.device)
+    num_named = k if k <= _MAX_NAMED else 0
+    num_chunks = triton.cdiv(V, _CHUNK)
+    f32, i32, device = torch.float32, torch.int32, logits.device
+    chunks = torch.empty((2, B, num_chunks), dtype=f32, device=device)
+    num_better = torch.empty((B, num_chunks), dtype=i32, device=device)
+    best = torch.empty((B, num_chunks, num_named), dtype=f32, device=device)
+    best_ids = torch.empty((B, num_chunks, num_named), dtype=i32, device=device)
+    rows = torch.empty((2, B), dtype=f32, device=device)  # chosen, and the logarithm of the sum
+    rank = torch.empty(B, dtype=torch.int64, device=device)
+    top_ids = torch.empty((B, num_named), dtype=torch.int64, device=device)
+    top = torch.empty((B, num_named), dtype=f32, device=device)
     if B:
-        _logprobs_kernel[(B,)](
-            logits, token_ids, log_sum, chosen, rank, V, BLOCK_V=4096, num_warps=8
+        options = dependent_launch.options()
+        _chunk_logprobs_kernel[(B, num_chunks)](
+            logits,
+            token_ids,
+            *chunks.unbind(0),
+            num_better,
+            best,
+            best_ids,
+            V,
+            num_named,
+            CHUNK=_CHUNK,
+            num_warps=8,
+            **options,
         )
-    top = torch.topk(logits, k, dim=1)
-    return chosen, rank, top.indices, top.values - log_sum.unsqueeze(1)
+        _row_logprobs_kernel[(B,)](
+            logits,
+            token_ids,
+            *chunks.unbind(0),
+            num_better,
+            best,
+            best_ids,
+            *rows.unbind(0),
+            rank,
+            top_ids,
+            top,
+            V,
+            num_named,
+            NUM_CHUNKS=num_chunks,
+            BLOCK_C=triton.next_power_of_2(num_chunks),
+            BLOCK_N=triton.next_power_of_2(num_chunks * _MAX_NAMED),
+            num_warps=8,
+            **options,
+        )
+    chosen, log_sum = rows.unbind(0)
+    if num_named < k:
+        largest = torch.topk(logits, k, dim=1)
+        return chosen, rank, largest.indices, largest.values - log_sum.unsqueeze(1)
+    return chosen, rank, top_ids, top
+
+
+@triton.jit(do_not_specialize=["num_named"])
+def _chunk_logprobs_kernel(  # type: ignore[no-untyped-def]
+    logits_ptr,
+    token_ids_ptr,
+    largest_ptr,
+    sums_ptr,
+    num_better_ptr,
+    best_ptr,
+    best_ids_ptr,
+    V,
+    num_named,
+    CHUNK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Of a chunk: the sum of exp(x - largest), how many beat the chosen token, and its best."""
+    row = tl.program_id(0).to(tl.int64)  # int64: B * V may pass 2**31
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    row_ptr = logits_ptr + row * V
+    chosen = tl.load(row_ptr + tl.load(token_ids_ptr + row))
+    ids = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    is_left = ids < V
+    loaded = tl.load(row_ptr + ids, is_left, other=float("-inf"))
+    x = tl.where(loaded == loaded, loaded, float("-inf"))  # a NaN is in the sum alone
+    largest = tl.max(x, axis=0)
+    shift = tl.where(largest > float("-inf"), largest, 0.0)
+    at = row * tl.num_programs(1) + tl.program_id(1)
+    tl.store(largest_ptr + at, largest)
+    tl.store(sums_ptr + at, tl.sum(tl.exp(loaded - shift), axis=0))
+    tl.store(num_better_ptr + at, tl.sum((x > chosen).to(tl.int32), axis=0))
+    for i in range(num_named):
+        most, best_id, is_left = _take_best(x, ids, is_left)
+        tl.store(best_ptr + at * num_named + i, most)
+        tl.store(best_ids_ptr + at * num_named + i, best_id)
 
 
 @triton.jit
-def _logprobs_kernel(  # type: ignore[no-untyped-def]
-    logits_ptr, token_ids_ptr, log_sum_ptr, chosen_ptr, rank_ptr, V, BLOCK_V: tl.constexpr
+def _take_best(x, ids, is_left):  # type: ignore[no-untyped-def]
+    """The largest of what is left, its id (2**31 - 1 without one), and what is left then."""
+    most = tl.max(tl.where(is_left, x, float("-inf")), axis=0)
+    best_id = tl.min(tl.where(is_left & (x == most), ids, 0x7FFFFFFF), axis=0)
+    return most, best_id, is_left & (ids != best_id)
+
+
+@triton.jit(do_not_specialize=["num_named"])
+def _row_logprobs_kernel(  # type: ignore[no-untyped-def]
+    logits_ptr,
+    token_ids_ptr,
+    largest_ptr,
+    sums_ptr,
+    num_better_ptr,
+    best_ptr,
+    best_ids_ptr,
+    chosen_ptr,
+    log_sum_ptr,
+    rank_ptr,
+    top_ids_ptr,
+    top_ptr,
+    V,
+    num_named,
+    NUM_CHUNKS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # int64: B * V may pass 2**31
-    logits_row = logits_ptr + row * V
-    chosen = tl.load(logits_row + tl.load(token_ids_ptr + row))
-    cols = tl.arange(0, BLOCK_V)
-    # Each lane keeps its own maximum and sum; they meet once, after the loop.
-    largest = tl.full((BLOCK_V,), -3.4e38, tl.float32)
-    total = tl.zeros((BLOCK_V,), tl.float32)
-    better = tl.zeros((BLOCK_V,), tl.int32)
-    for start in range(0, V, BLOCK_V):
-        x = tl.load(logits_row + start + cols, start + cols < V, other=float("-inf"))
-        new_largest = tl.maximum(largest, x)
-        total = total * tl.exp(largest - new_largest) + tl.exp(x - new_largest)
-        largest = new_largest
-        better += (x > chosen).to(tl.int32)
-    row_largest = tl.max(largest, axis=0)
-    row_total = tl.sum(total * tl.exp(largest - row_largest), axis=0)
-    log_sum = row_largest + tl.log(row_total)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    c = tl.arange(0, BLOCK_C)
+    at = row * NUM_CHUNKS + c
+    peaks = tl.load(largest_ptr + at, c < NUM_CHUNKS, other=float("-inf"))
+    sums = tl.load(sums_ptr + at, c < NUM_CHUNKS, other=0.0)
+    num_better = tl.load(num_better_ptr + at, c < NUM_CHUNKS, other=0)
+    largest = tl.max(peaks, axis=0)
+    log_sum = largest + tl.log(tl.sum(sums * tl.exp(peaks - largest), axis=0))
+    chosen = tl.load(logits_ptr + row * V + tl.load(token_ids_ptr + row))
     tl.store(log_sum_ptr + row, log_sum)
     tl.store(chosen_ptr + row, chosen - log_sum)
-    tl.store(rank_ptr + row, (tl.sum(better, axis=0) + 1).to(tl.int64))
+    tl.store(rank_ptr + row, (tl.sum(num_better, axis=0) + 1).to(tl.int64))
+    n = tl.arange(0, BLOCK_N)
+    num_candidates = NUM_CHUNKS * num_named
+    best = tl.load(best_ptr + row * num_candidates + n, n < num_candidates, other=float("-inf"))
+    ids = tl.load(best_ids_ptr + row * num_candidates + n, n < num_candidates, other=0x7FFFFFFF)
+    is_left = ids < V
+    for i in range(num_named):
+        most, best_id, is_left = _take_best(best, ids, is_left)
+        # Without a number left (a row of NaN) any token will do.
+        tl.store(top_ids_ptr + row * num_named + i, tl.minimum(best_id, V - 1).to(tl.int64))
+        tl.store(top_ptr + row * num_named + i, most - log_sum)

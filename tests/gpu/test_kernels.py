@@ -321,7 +321,10 @@ def test_has_nan() -> None:
     assert logits.has_nan(on_gpu[:0]).shape == (0,)
 
 
-@pytest.mark.parametrize(("B", "V", "k"), [(33, 128_256, 20), (3, 8191, 1), (2, 5, 0), (0, 9, 2)])
+@pytest.mark.parametrize(
+    ("B", "V", "k"),
+    [(33, 128_256, 20), (3, 8191, 1), (2, 5, 0), (0, 9, 2), (70, 151_936, 32), (2, 40_000, 33)],
+)
 def test_token_logprobs(B: int, V: int, k: int) -> None:
     x = random(B, V) * 4
     x[: B // 2, 1] = -torch.inf

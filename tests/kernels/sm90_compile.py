@@ -92,14 +92,12 @@ def compile_elementwise(dtype: torch.dtype) -> None:
 
 
 def compile_qkv(dtype: torch.dtype) -> None:
-    for D, half in ((64, 32), (80, 16), (128, 64)):
-        cache, norm = make_cache(70, 2, D, dtype), make_head_norm(D, dtype)
-        for T in (1, 70):
-            qkv, rotation = torch.zeros(T, 8 * D, dtype=dtype), make_rotation(T, half)
-            here = cache._replace(slot_mapping=cache.slot_mapping[:T])
-            qkv_rope_store.qkv_rope_store_triton(qkv, 4, here, norm, rotation)
-            qkv_rope_store.qkv_rope_store_triton(qkv, 4, here, None, rotation)
-            qkv_rope_store.qkv_rope_store_triton(qkv, 4, here, None, None)
+    for D, half in ((128, 64), (80, 16)):
+        cache, norm = make_cache(3, 2, D, dtype), make_head_norm(D, dtype)
+        qkv, rotation = torch.zeros(3, 8 * D, dtype=dtype), make_rotation(3, half)
+        qkv_rope_store.qkv_rope_store_triton(qkv, 4, cache, norm, rotation)
+        qkv_rope_store.qkv_rope_store_triton(qkv, 4, cache, None, rotation)
+        qkv_rope_store.qkv_rope_store_triton(qkv, 4, cache, None, None)
 
 
 def compile_attention(dtype: torch.dtype, head_dim: int, options: Options) -> None:

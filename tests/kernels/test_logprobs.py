@@ -8,6 +8,9 @@ import torch
 from kernels import logprobs
 from tests.kernels.cases import assert_close, random
 
+# A row of NaN makes inf - inf, as it would on a GPU, where nobody remarks on it.
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+
 
 def test_definition_by_hand() -> None:
     logits = torch.tensor([[0.1, 0.2, 0.4, 0.2, 0.1]]).log() + 7
@@ -21,7 +24,9 @@ def test_definition_by_hand() -> None:
 
 
 @pytest.mark.parametrize("run", [logprobs.token_logprobs, logprobs.token_logprobs_triton])
-@pytest.mark.parametrize(("B", "V", "k"), [(4, 5000, 5), (2, 3, 3), (3, 40, 0), (0, 7, 2)])
+@pytest.mark.parametrize(
+    ("B", "V", "k"), [(4, 5000, 5), (2, 3, 3), (3, 40, 0), (0, 7, 2), (2, 9001, 33), (1, 4100, 32)]
+)
 def test_both_paths_equal_the_definition(run, B: int, V: int, k: int) -> None:
     logits = random(B, V) * 4
     logits[: B // 2, 1] = -torch.inf
@@ -37,6 +42,23 @@ def test_both_paths_equal_the_definition(run, B: int, V: int, k: int) -> None:
     assert_close(results[3], expected[3])
     finite = expected[3].isfinite()
     assert results[2][finite].equal(expected[2][finite])
+
+
+def test_the_lowest_of_equal_tokens_are_named_and_bad_rows_harm_nobody() -> None:
+    logits = torch.zeros(3, 9000)
+    logits[0, 5000:] = 1.0
+    logits[1, 17:] = -torch.inf
+    logits[2] = torch.nan
+
+    chosen, rank, top_ids, top = logprobs.token_logprobs_triton(logits, torch.tensor([4, 3, 2]), 20)
+
+    assert top_ids[0].tolist() == list(range(5000, 5020))
+    assert top_ids[1].tolist() == list(range(20))
+    assert ((top_ids >= 0) & (top_ids < 9000)).all()
+    assert rank[:2].tolist() == [4001, 1]
+    assert chosen[1].item() == pytest.approx(-math.log(17), abs=1e-5)
+    assert top[1, 16].item() == pytest.approx(-math.log(17), abs=1e-5)
+    assert top[1, 17].item() == -math.inf
 
 
 def test_arguments_that_do_not_fit_are_refused() -> None:

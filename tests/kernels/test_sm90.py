@@ -8,6 +8,7 @@ from pathlib import Path
 
 KERNELS = {
     "_bitmask_kernel",
+    "_chunk_logprobs_kernel",
     "_collect_kernel",
     "_decode_kernel",
     "_dot_kernel",
@@ -16,7 +17,6 @@ KERNELS = {
     "_gated_kernel",
     "_gather_kernel",
     "_has_nan_kernel",
-    "_logprobs_kernel",
     "_merge_kernel",
     "_noise_kernel",
     "_penalties_kernel",
@@ -28,6 +28,7 @@ KERNELS = {
     "_rank_kernel",
     "_rms_norm_kernel",
     "_rotary_kernel",
+    "_row_logprobs_kernel",
     "_scan_kernel",
     "_settle_kernel",
     "_store_kernel",
