@@ -311,8 +311,11 @@ class AsyncSession:
             if not state.is_news or record.waiter is None or record.waiter.done():
                 continue  # told already, or its consumer has its turn
             assert record.listener is not None
-            if not record.listener(state):
-                record.wake()
+            try:
+                if not record.listener(state):
+                    record.wake()
+            except Exception as error:  # raised where the consumer waits; the others get their news
+                record.waiter.set_exception(error)
 
     def _run_processors(self, work: RowWork) -> None:
         """Run the user's code in a thread of its own; one, so that rows stay in order."""

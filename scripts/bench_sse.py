@@ -28,6 +28,7 @@ PACED = "scripts.bench_paced_executor:PacedExecutor"
 NUM_WATCHED = 16  # streams per client whose gaps between chunks are looked at
 EVENT = b"data: "
 MODEL = ROOT / "scripts" / "demo_models" / "tiny"
+TAIL_BYTES = 24  # of a stream, kept to recognise marks that two reads share, and its end
 SHORT_LEN = 8
 
 
@@ -57,6 +58,20 @@ class Seen:
     cpu_s: float = 0.0
 
 
+@dataclass(slots=True)
+class EventCounter:
+    """Counts the events of one stream, however its bytes are cut."""
+
+    tail: bytes = b""
+
+    def take(self, data: bytes) -> int:
+        """How many events begin in these bytes, or have their mark completed by them."""
+        whole = self.tail + data
+        num_new = whole.count(EVENT) - self.tail.count(EVENT)
+        self.tail = whole[-TAIL_BYTES:]
+        return num_new
+
+
 class Client:
     """Reads many streams in one thread, as bytes."""
 
@@ -64,7 +79,7 @@ class Client:
         self._load = load
         self._poll = select.epoll()
         self._sockets: dict[int, socket.socket] = {}
-        self._tails: dict[int, bytes] = {}
+        self._counters: dict[int, EventCounter] = {}
         self._arrivals_s: dict[int, list[float]] = {}
         self._seen = Seen()
 
@@ -107,7 +122,7 @@ class Client:
         connection.setblocking(False)
         descriptor = connection.fileno()
         self._sockets[descriptor] = connection
-        self._tails[descriptor] = b""
+        self._counters[descriptor] = EventCounter()
         if number <= NUM_WATCHED:
             self._arrivals_s[descriptor] = []
         self._poll.register(descriptor, select.EPOLLIN)
@@ -117,17 +132,15 @@ class Client:
         data = self._sockets[descriptor].recv(1 << 18)
         seen.num_reads += 1
         if not data:
-            seen.num_complete += self._tails.pop(descriptor).endswith(b"[DONE]\n\n\r\n0\r\n\r\n")
+            tail = self._counters.pop(descriptor).tail
+            seen.num_complete += tail.endswith(b"[DONE]\n\n\r\n0\r\n\r\n")
             self._poll.unregister(descriptor)
             self._sockets.pop(descriptor).close()
             return
         seen.last_s = time.monotonic()
         seen.first_s = seen.first_s or seen.last_s
         seen.num_bytes += len(data)
-        # An event that began in the last read is counted there: its mark has its last byte here.
-        whole = self._tails[descriptor] + data
-        seen.num_events += whole.count(EVENT) - self._tails[descriptor].count(EVENT)
-        self._tails[descriptor] = whole[-24:]
+        seen.num_events += self._counters[descriptor].take(data)
         if (arrivals_s := self._arrivals_s.get(descriptor)) is not None:
             arrivals_s.append(seen.last_s)
 

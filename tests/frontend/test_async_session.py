@@ -160,6 +160,39 @@ def test_a_listener_is_offered_the_news_of_all_that_came_before_its_consumer_is_
     run(main)
 
 
+def test_a_listener_that_fails_fails_its_own_stream_alone() -> None:
+    async def main() -> None:
+        session, client = make_session(is_held=True)
+        streams = [
+            await session.open(make_request(name, output_kind=RequestOutputKind.DELTA))
+            for name in ("bad", "good")
+        ]
+
+        def fail(state: RequestState) -> bool:
+            raise ValueError("scripted")
+
+        told: list[str] = []
+
+        def listen(state: RequestState) -> bool:
+            told.append(state.request_id)
+            return False
+
+        for stream, listener in zip(streams, (fail, listen), strict=True):
+            stream.offer_news_to(listener)
+        readers = [asyncio.ensure_future(anext(stream)) for stream in streams]
+        await asyncio.sleep(0)
+        session.take_in(client.core.step(), ())
+        with pytest.raises(ValueError, match="scripted"):
+            await readers[0]
+        assert (await readers[1]).outputs[0].text == "h"
+        assert told == ["good"]
+        for stream in streams:
+            stream.close()
+        assert session.outputs.num_open == 0
+
+    run(main)
+
+
 def test_a_listener_is_not_called_while_its_consumer_is_busy() -> None:
     async def main() -> None:
         session, client = make_session(is_held=True)
