@@ -123,7 +123,7 @@ def noise_bound(bits):  # type: ignore[no-untyped-def]
     return tl.fma(log2_v, -8.262958294867817e-08, 88.02969193111305 + 1e-4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["seeds_ptr", "positions_ptr"])
 def _noise_kernel(seeds_ptr, positions_ptr, noise_ptr, V, BLOCK_V: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)  # int64: B * V may pass 2**31
     token_ids = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)

@@ -75,11 +75,13 @@ def token_logprobs_triton(logits: Tensor, token_ids: Tensor, k: int) -> TokenLog
     num_named = k if k <= _MAX_NAMED else 0
     num_chunks = triton.cdiv(V, _CHUNK)
     f32, i32, device = torch.float32, torch.int32, logits.device
-    chunks = torch.empty((2, B, num_chunks), dtype=f32, device=device)
+    largest = torch.empty((B, num_chunks), dtype=f32, device=device)
+    sums = torch.empty_like(largest)
     num_better = torch.empty((B, num_chunks), dtype=i32, device=device)
     best = torch.empty((B, num_chunks, num_named), dtype=f32, device=device)
     best_ids = torch.empty((B, num_chunks, num_named), dtype=i32, device=device)
-    rows = torch.empty((2, B), dtype=f32, device=device)  # chosen, and the logarithm of the sum
+    chosen = torch.empty(B, dtype=f32, device=device)
+    log_sum = torch.empty_like(chosen)
     rank = torch.empty(B, dtype=torch.int64, device=device)
     top_ids = torch.empty((B, num_named), dtype=torch.int64, device=device)
     top = torch.empty((B, num_named), dtype=f32, device=device)
@@ -88,7 +90,8 @@ def token_logprobs_triton(logits: Tensor, token_ids: Tensor, k: int) -> TokenLog
         _chunk_logprobs_kernel[(B, num_chunks)](
             logits,
             token_ids,
-            *chunks.unbind(0),
+            largest,
+            sums,
             num_better,
             best,
             best_ids,
@@ -101,11 +104,13 @@ def token_logprobs_triton(logits: Tensor, token_ids: Tensor, k: int) -> TokenLog
         _row_logprobs_kernel[(B,)](
             logits,
             token_ids,
-            *chunks.unbind(0),
+            largest,
+            sums,
             num_better,
             best,
             best_ids,
-            *rows.unbind(0),
+            chosen,
+            log_sum,
             rank,
             top_ids,
             top,
@@ -117,14 +122,13 @@ def token_logprobs_triton(logits: Tensor, token_ids: Tensor, k: int) -> TokenLog
             num_warps=8,
             **options,
         )
-    chosen, log_sum = rows.unbind(0)
     if num_named < k:
-        largest = torch.topk(logits, k, dim=1)
-        return chosen, rank, largest.indices, largest.values - log_sum.unsqueeze(1)
+        selected = torch.topk(logits, k, dim=1)
+        return chosen, rank, selected.indices, selected.values - log_sum.unsqueeze(1)
     return chosen, rank, top_ids, top
 
 
-@triton.jit(do_not_specialize=["num_named"])
+@triton.jit(do_not_specialize=["num_named"], do_not_specialize_on_alignment=["token_ids_ptr"])
 def _chunk_logprobs_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,
     token_ids_ptr,
@@ -169,7 +173,7 @@ def _take_best(x, ids, is_left):  # type: ignore[no-untyped-def]
     return most, best_id, is_left & (ids != best_id)
 
 
-@triton.jit(do_not_specialize=["num_named"])
+@triton.jit(do_not_specialize=["num_named"], do_not_specialize_on_alignment=["token_ids_ptr"])
 def _row_logprobs_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,
     token_ids_ptr,

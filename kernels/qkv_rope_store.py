@@ -194,7 +194,7 @@ def _place(block, N: tl.constexpr, K: tl.constexpr, HEADS: tl.constexpr):  # typ
     return is_query, is_value, first, skipped + first
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slot_mapping_ptr", "positions_ptr"])
 def _qkv_kernel(  # type: ignore[no-untyped-def]
     qkv_ptr,
     q_ptr,

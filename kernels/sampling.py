@@ -30,6 +30,8 @@ from kernels.sampling_cpu import GREEDY_BELOW, Rows, sample_cpu
 from kernels.sampling_filters import apply_filters_triton
 
 _LANES = 512
+# Columns of a table, which lie anywhere: their alignment must not make another variant.
+_COLUMNS = ["temperature_ptr", "floors_ptr", "seeds_ptr", "positions_ptr"]
 
 
 class Sampled(NamedTuple):
@@ -182,7 +184,7 @@ def _depth(B: int, V: int) -> int:
     return depth
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_COLUMNS)
 def _draw_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,
     temperature_ptr,
@@ -297,7 +299,7 @@ def _best_with_noise(  # type: ignore[no-untyped-def]
     return best, best_id, tl.sum(sums, axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["floors_ptr"])
 def _pick_kernel(  # type: ignore[no-untyped-def]
     best_ptr,
     best_ids_ptr,

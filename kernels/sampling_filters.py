@@ -30,6 +30,8 @@ _MAX_RANK = 2048  # tokens that are looked for among the groups' maxima
 _FEW = 512  # tokens that are compared each with each
 _MAX_FOUND = 4096  # tokens that are settled in registers
 _COLLECT_CHUNK = 4096
+# Columns of a table, which lie anywhere: their alignment must not make another variant.
+_COLUMNS = ["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr"]
 
 
 class _Scratch(NamedTuple):
@@ -184,7 +186,7 @@ def _filters_of(row, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, V):  # ty
     return is_filtered, by_count, by_mass, top_k, top_p, min_p, scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_COLUMNS)
 def _scan_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,
     temperature_ptr,
@@ -271,7 +273,7 @@ def _row_mass(chunk_maxima_ptr, chunk_sums_ptr, NUM_CHUNKS: tl.constexpr, BLOCK_
     return tl.where(is_bad, float("nan"), largest), mass
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_COLUMNS)
 def _rank_kernel(  # type: ignore[no-untyped-def]
     temperature_ptr,
     top_k_ptr,
@@ -342,7 +344,7 @@ def _rank_kernel(  # type: ignore[no-untyped-def]
     tl.store(floors_ptr + row, floor)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=_COLUMNS)
 def _collect_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,
     temperature_ptr,
@@ -489,7 +491,7 @@ def _draw_of_many(  # type: ignore[no-untyped-def]
     return _draw_kept(x, is_kept, found_ids_ptr + i, seed_ptr, position_ptr), is_enough
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=[*_COLUMNS, "seeds_ptr", "positions_ptr"])
 def _settle_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,
     temperature_ptr,
