@@ -118,6 +118,25 @@ def test_every_combination_of_filters_equals_definition(run: Path, vocab_size: i
         assert alone[0] == token_ids[b]
 
 
+WIDE: dict[str, list[float]] = {
+    "temperature": [1, 1, 1, 1, 1, 1, 0.01, 3, 1],
+    "top_k": [400, 600, 2000, 5000, 0, 0, 0, 0, 1500],
+    "top_p": [1, 0.9, 0.5, 0.9, 0.5, 0.99, 0.9, 0.8, 0.6],
+    "min_p": [0, 0, 0, 0, 0, 0, 0, 1e-3, 1e-4],
+}
+
+
+@pytest.mark.parametrize("run", PATHS)
+@pytest.mark.parametrize("spread", [0.2, 2.0])
+def test_filters_that_keep_many_equal_definition(run: Path, spread: float) -> None:
+    # From a few hundred tokens, looked at one by one, to more than are looked for at all.
+    logits, rows = random(9, 7001) * spread, sampling_rows(9, **WIDE)
+    logits[0] = logits[0].round(decimals=1)  # with ties at the threshold
+    logits[8, ::3] = -torch.inf
+
+    assert run(logits, rows, True).tolist() == sampling.sample_reference(logits, rows).tolist()
+
+
 @pytest.mark.parametrize("run", PATHS)
 def test_rows_without_filters_equal_definition(run: Path) -> None:
     rows = sampling_rows(12, temperature=FILTERS["temperature"])
