@@ -164,10 +164,10 @@ class Marking:
 def test_a_middleware_of_the_users_own_sees_every_event(address: str) -> None:
     middleware = f"{Marking.__module__}.{Marking.__qualname__}"
     with serving(address, "--middleware", middleware) as port:
-        stream = ask(port, "/v1/completions", **BODY, prompt="Hi", stream=True)
-        whole = ask(port, "/v1/completions", **BODY, prompt="Hi")
+        body = BODY | {"prompt": "Hi", "max_tokens": 1900}
+        stream = ask(port, "/v1/completions", **body, stream=True)
+        whole = ask(port, "/v1/completions", **body)
     frames = stream.split(b"\n\n")[:-1]
-    assert len(frames) > 2
     assert all(frame.startswith(b": seen\ndata: ") for frame in frames)
     expected = json.loads(whole)["choices"][0]["text"]
     assert joined(events_of(stream.replace(b": seen\n", b"")))[0][0] == expected
