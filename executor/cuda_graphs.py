@@ -16,6 +16,7 @@ hidden states) lasts until the next replay: read it on the same stream, before t
 Shapes: T packed tokens, B requests, H hidden size, V vocabulary.
 """
 
+import functools
 import logging
 import time
 from bisect import bisect_left
@@ -44,6 +45,7 @@ _MIXED_SPACING = ((128, 32), (512, 64), (1024, 128), (2048, 256))
 # so many weights times tokens, but not below so many tokens.
 _MAX_WEIGHT_TOKENS, _MIN_MAX_MIXED = 2.5e12, 512
 _BYTES_PER_GRAPH = 2 * 2**20  # the driver's: 1.1 MiB were measured for 28 layers
+_WORKSPACE_BYTES = 32 * 2**20  # cuBLAS's, of the recorder's stream, on a Hopper GPU
 _NUM_AT_START = 4  # decode sizes recorded before the first request
 _PATIENCE = 1  # steps that run eagerly before a mixed size is recorded while others wait
 
@@ -78,9 +80,9 @@ class GraphPlan:
 
     @property
     def num_bytes(self) -> int:
-        """Temporaries, and what the driver keeps for each graph."""
+        """Temporaries, a workspace, and what the driver keeps for each graph."""
         num_graphs = 2 * len(self.sizes.decode) + len(self.sizes.mixed)
-        return self.temporaries_bytes + num_graphs * _BYTES_PER_GRAPH
+        return self.temporaries_bytes + _WORKSPACE_BYTES + num_graphs * _BYTES_PER_GRAPH
 
 
 def is_recordable(model: CausalLM) -> bool:
@@ -137,15 +139,10 @@ class CudaRecorder:
     def __init__(self, device: torch.device, num_bytes: int) -> None:
         """``num_bytes`` are set aside for temporaries; what does not fit is added to them."""
         self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream = _recording_stream(device)
         self._pool = torch.cuda.MemPool()
-        with torch.cuda.stream(self._stream):
-            for dtype in (torch.float32, torch.float16, torch.bfloat16):
-                # The libraries' workspace of this stream outlives the pool: not from there.
-                square = torch.zeros(16, 16, dtype=dtype, device=device)
-                torch.mm(square, square)
-            with torch.cuda.use_mem_pool(self._pool, device):
-                torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool, device):
+            torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
     def rehearse(self, run: Callable[[], Tensor]) -> Tensor:
         """Run it on the recorder's stream, with temporaries where they will be."""
@@ -170,6 +167,17 @@ class CudaRecorder:
                 graph.capture_end()
         current.wait_stream(self._stream)
         return Recording(_without_owning(out), graph.replay)
+
+
+@functools.cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for the life of the process: torch keeps a workspace for each stream that multiplies."""
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(stream):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            square = torch.zeros(16, 16, dtype=dtype, device=device)
+            torch.mm(square, square)  # now, or it would come out of a recorder's memory
+    return stream
 
 
 class _Place:

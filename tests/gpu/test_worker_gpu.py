@@ -129,7 +129,7 @@ def test_a_worker_gives_its_memory_back_while_asleep(level: int) -> None:
     asleep = torch.cuda.memory_allocated()
     worker.call(WakeUp())
 
-    assert asleep < awake / 4 + 33 * 2**20  # cuBLAS keeps its workspace
+    assert asleep < awake / 4 + 66 * 2**20  # cuBLAS keeps a workspace for each of two streams
     assert generate(worker) == expected
 
 
