@@ -75,7 +75,6 @@ class EngineCore:
             scheduling, kv_cache, vocab_size=ready.vocab_size, adapter_limit=adapter_limit
         )
         self._intake = Intake(scheduling, hasher, request_limits)
-        self._max_steps_in_flight = scheduling.max_steps_in_flight
         self._executor = executor
         self._epoch = epoch
         self._groups: dict[bytes, dict[str, RequestGroup]] = {}
@@ -196,7 +195,7 @@ class EngineCore:
         if self._control.is_holding:
             return False
         has_submitted = False
-        while self.scheduler.num_steps_in_flight < self._max_steps_in_flight:
+        while self.scheduler.num_steps_in_flight < self.scheduler.max_steps_in_flight:
             planned = self.scheduler.schedule(time.monotonic())
             if planned is None:
                 break

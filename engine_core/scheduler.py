@@ -29,6 +29,7 @@ from ipc.messages import FinishReason, ModelRunnerOutput, SchedulerOutput
 from ipc.tensors import Frames
 
 _MANY_WAITING = 64  # from here on throughput counts, and nobody adds up their tokens
+_SHORT_STEP_S = 0.001  # about twice the way from a result to the next plan
 _LATEST = 8  # of those that run, so many may still have a part of their prompt to compute
 
 
@@ -49,6 +50,7 @@ class Scheduler:
         growth_tokens: int = GROWTH_TOKENS,
     ) -> None:
         self._max_step_tokens = config.max_num_batched_tokens
+        self._max_steps_in_flight = config.max_steps_in_flight
         self._vocab_size = vocab_size
         self.kv_cache = kv_cache
         self.lifecycle = Lifecycle(config, kv_cache)
@@ -66,6 +68,17 @@ class Scheduler:
     def num_steps_in_flight(self) -> int:
         """Submitted steps whose answer is outstanding."""
         return len(self._in_flight)
+
+    @property
+    def max_steps_in_flight(self) -> int:
+        """How many steps to plan before the first is answered.
+
+        One that runs and one that waits keep a device busy, unless a step is shorter than the way
+        from its result to the next plan; a third one would delay those who enter for nothing.
+        """
+        if self._max_steps_in_flight is not None:
+            return self._max_steps_in_flight
+        return 3 if self._cost.decodes_within(_SHORT_STEP_S) else 2
 
     @property
     def num_planned_steps(self) -> int:

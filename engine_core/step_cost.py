@@ -40,6 +40,10 @@ class StepCost:
             added_s = max(device_time_s - others_s, 0.1 * device_time_s)
             self._token_s = _follow(self._token_s, added_s / num_prompt_tokens)
 
+    def decodes_within(self, limit_s: float) -> bool:
+        """Whether a step that only decodes is known to take less time."""
+        return self._decode_s is not None and self._decode_s < limit_s
+
     def max_prompt_tokens(self, num_waiting_tokens: int) -> int | None:
         """How many prompt tokens a step with streams in it takes; None: as many as there are.
 

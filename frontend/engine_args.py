@@ -196,8 +196,10 @@ class EngineArgs:
     ngram_prompt_lookup_max: int | None = flag(None, help="longest n-gram looked up, with [ngram]")
     ngram_prompt_lookup_min: int | None = flag(None, help="shortest n-gram looked up, with [ngram]")
     # -- ours --
-    max_steps_in_flight: int = flag(
-        2, help="steps planned before the first is answered; 1: the plain loop"
+    max_steps_in_flight: int | None = flag(
+        None,
+        help="steps planned before the first is answered; 1: the plain loop; unset: 2, and 3 "
+        "while steps are very short",
     )
     max_prefill_slowdown: float = flag(
         2.5,
@@ -241,8 +243,14 @@ class EngineArgs:
         """Build from parsed arguments; what other flags put there is ignored."""
         return cls(**{f.name: getattr(args, f.name) for f in fields(cls) if hasattr(args, f.name)})
 
-    def create_engine_config(self, usage_context: UsageContext | None = None) -> EngineConfig:
+    def create_engine_config(
+        self, usage_context: UsageContext | None = None, *, is_here: bool = True
+    ) -> EngineConfig:
         """Check and resolve everything. Reads files, starts nothing.
+
+        Args:
+            is_here: whether the engine is to run on this machine; else its device is not looked
+                for.
 
         Raises:
             ConfigError: a value cannot work; the message names the flag.
@@ -257,7 +265,7 @@ class EngineArgs:
             "tokenizer_pool_config": make_tokenizer_pool_config(self),
         }
         cache_config = self._cache_config()
-        device_config = resolve_device(DeviceConfig(self.device))
+        device_config = resolve_device(DeviceConfig(self.device), is_here=is_here)
         draft = EngineConfig(
             model_config=self._model_config(),
             cache_config=cache_config,
@@ -273,7 +281,8 @@ class EngineArgs:
             model_config.resolved_max_model_len, device_config.device
         )
         config = resolve_engine_config(
-            replace(draft, model_config=model_config, scheduler_config=scheduler_config)
+            replace(draft, model_config=model_config, scheduler_config=scheduler_config),
+            is_here=is_here,
         )
         log_effective_config(config, usage_context)
         return config
@@ -403,7 +412,9 @@ class AsyncEngineArgs(EngineArgs):
         add_flags(parser, AsyncEngineArgs, "async engine", besides=EngineArgs)
         return parser
 
-    def create_engine_config(self, usage_context: UsageContext | None = None) -> EngineConfig:
+    def create_engine_config(
+        self, usage_context: UsageContext | None = None, *, is_here: bool = True
+    ) -> EngineConfig:
         """As for ``EngineArgs``."""
         if self.engine_use_ray is True:
             logger.warning(
@@ -411,7 +422,7 @@ class AsyncEngineArgs(EngineArgs):
             )
         if self.max_log_len is not None and self.max_log_len < 0:
             raise ConfigError(f"--max-log-len must not be negative, got {self.max_log_len}")
-        return super().create_engine_config(usage_context)
+        return super().create_engine_config(usage_context, is_here=is_here)
 
 
 def log_effective_config(config: EngineConfig, usage_context: UsageContext | None) -> None:

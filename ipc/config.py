@@ -144,7 +144,7 @@ class SchedulerConfig:
     enable_chunked_prefill: bool = True
     policy: str = "fcfs"  # "fcfs", "priority"
     preemption_mode: str | None = None  # None: recompute, swap for several branches; or by name
-    max_steps_in_flight: int = 2
+    max_steps_in_flight: int | None = None  # None: 2, or 3 while steps are very short
     max_waiting_requests: int | None = None  # None: 4 * max_num_seqs beyond the running ones
     max_prefill_slowdown: float = 0.0  # of a step with streams, by prompts; 0: no limit
 
@@ -177,7 +177,7 @@ class SchedulerConfig:
             raise ConfigError(
                 f"--preemption-mode must be recompute or swap, got {self.preemption_mode!r}"
             )
-        if not 1 <= self.max_steps_in_flight <= 8:
+        if self.max_steps_in_flight is not None and not 1 <= self.max_steps_in_flight <= 8:
             raise ConfigError(
                 f"--max-steps-in-flight must be between 1 and 8, got {self.max_steps_in_flight}"
             )

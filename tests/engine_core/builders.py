@@ -44,7 +44,7 @@ class Setup:
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     sliding_window: int | None = None
-    max_steps_in_flight: int = 2
+    max_steps_in_flight: int | None = 2
     max_prefill_slowdown: float = 0.0
     policy: str = "fcfs"
     preemption_mode: str | None = None

@@ -27,6 +27,7 @@ from ipc.messages import (
     TensorRef,
     WakeUp,
 )
+from tests.engine_core import simulated_executor
 from tests.engine_core.builders import CLIENT, Rig, make_request
 from tests.engine_core.simulated_executor import VOCAB_SIZE, solo_run
 
@@ -346,3 +347,16 @@ def test_other_operations_reach_the_workers() -> None:
     assert rig.core.call(StopProfile()) == ["trace.json"]
     assert rig.core.call(CheckWorkers()) == [None]
     assert rig.executor.operations == [StartProfile("/tmp/x"), StopProfile(), CheckWorkers()]
+
+
+@pytest.mark.parametrize(("decode_s", "expected"), [(0.0005, 3), (0.004, 2)])
+def test_a_third_step_is_planned_while_steps_are_very_short(
+    decode_s: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(simulated_executor, "DECODE_S", decode_s)
+    rig = Rig(max_steps_in_flight=None)
+    rig.add(make_request("a", max_tokens=20))
+    for _ in range(5):
+        rig.step()
+    rig.core.submit_steps()
+    assert rig.scheduler.num_steps_in_flight == expected

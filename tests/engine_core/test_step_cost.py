@@ -56,3 +56,9 @@ def test_answers_that_say_nothing_teach_nothing() -> None:
     cost.note(0, 8, 0.0)
     cost.note(8, 8, 1.0)  # a few tokens of a prompt say little about one
     assert cost.max_prompt_tokens(0) == before
+
+
+def test_short_steps_are_known_by_their_decodes() -> None:
+    assert not StepCost(0.0).decodes_within(1.0)
+    assert learnt().decodes_within(0.006)
+    assert not learnt().decodes_within(0.004)
