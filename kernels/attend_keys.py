@@ -1,7 +1,8 @@
-"""The inner loop of attention over a paged cache: a tile of query rows meets a range of keys.
+"""One turn of attention over a paged cache: a tile of query rows meets a tile of keys.
 
-The kernels for decode and for prefill call it; they alone know which rows and which keys. Scores,
-softmax and sums are float32. Rows are queries of one key head, packed: G query heads share it.
+The kernels for decode and for prefill are loops of such turns; they alone know which rows and which
+keys. Scores, softmax and sums are float32. Rows are queries of one key head, packed: G query heads
+share it.
 Source: Dao, "FlashAttention-2", arXiv:2307.08691.
 """
 
@@ -36,75 +37,73 @@ def padded_batch(num_requests: int) -> int:
 
 
 @triton.jit
-def attend_keys(  # type: ignore[no-untyped-def]
-    q,  # [ROWS, BLOCK_D]
-    query_positions,  # [ROWS]; used with CAUSAL alone
-    first,
-    end,
+def load_keys(  # type: ignore[no-untyped-def]
+    caches,  # pointers to the keys and the values
+    block_ids,  # [BLOCK_N]
+    positions,  # [BLOCK_N]
+    live,  # [BLOCK_N]; None: all
     kv_head,
-    key_cache_ptr,
-    value_cache_ptr,
-    block_ids_ptr,
-    scale,
-    soft_cap,
-    sliding_window,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HAS_CAP: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
     INTERPRET: tl.constexpr,
-    ROWS: tl.constexpr,
-    CAUSAL: tl.constexpr,
 ):
-    """Attend to keys [first, end): running maximum (base 2), sum and unscaled output.
+    """Keys [BLOCK_D, BLOCK_N] and values [BLOCK_N, BLOCK_D] of one head.
 
-    With CAUSAL a row sees no key after its own position, and of those before it only the window;
-    else it sees them all. What lies outside the range is never loaded, so whatever an earlier
-    owner left there cannot spread.
+    What is not live is never loaded, so whatever an earlier owner left there cannot spread.
     """
-    LOG2_E: tl.constexpr = 1.4426950408889634
     cols = tl.arange(0, BLOCK_D)
-    offsets = tl.arange(0, BLOCK_N)
+    is_col = cols < HEAD_DIM
+    slots = block_ids.to(tl.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
+    at = (slots * NUM_KV_HEADS + kv_head) * HEAD_DIM
+    k_mask = is_col[:, None]
+    v_mask = is_col[None, :]
+    if live is not None:
+        k_mask = k_mask & live[None, :]
+        v_mask = v_mask & live[:, None]
+    k = tl.load(caches[0] + at[None, :] + cols[:, None], k_mask, other=0.0)
+    v = tl.load(caches[1] + at[:, None] + cols[None, :], v_mask, other=0.0)
+    if INTERPRET:  # the interpreter multiplies the bits of 16-bit numbers
+        k = k.to(tl.float32)
+        v = v.to(tl.float32)
+    return k, v
+
+
+@triton.jit
+def no_keys(ROWS: tl.constexpr, BLOCK_D: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The running maximum (base 2), sum and unscaled output before any key."""
     largest = tl.full((ROWS,), -1e30, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    out = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    # Block ids are read a tile ahead: found in the same turn, they would hold up the keys' loads,
-    # which the compiler then starts too late to cover the memory's latency.
-    ahead = first + offsets
-    block_ids = tl.load(block_ids_ptr + ahead // BLOCK_SIZE, ahead < end, other=0)
-    for start in range(first, end, BLOCK_N):
-        positions = start + offsets
-        live = positions < end
-        slots = block_ids.to(tl.int64) * BLOCK_SIZE + positions % BLOCK_SIZE
-        at = (slots * NUM_KV_HEADS + kv_head) * HEAD_DIM
-        is_col = cols < HEAD_DIM
-        k_mask = live[None, :] & is_col[:, None]
-        v_mask = live[:, None] & is_col[None, :]
-        ahead = positions + BLOCK_N
-        block_ids = tl.load(block_ids_ptr + ahead // BLOCK_SIZE, ahead < end, other=0)
-        k = tl.load(key_cache_ptr + at[None, :] + cols[:, None], k_mask, other=0.0)
-        v = tl.load(value_cache_ptr + at[:, None] + cols[None, :], v_mask, other=0.0)
-        if INTERPRET:  # the interpreter multiplies the bits of 16-bit numbers
-            k = k.to(tl.float32)
-            v = v.to(tl.float32)
-        scores = tl.dot(q, k, input_precision="ieee") * scale
-        if HAS_CAP:  # c tanh(s / c), as tanh(z) = 2 sigmoid(2z) - 1
-            scores = soft_cap * (2.0 * tl.sigmoid(2.0 * scores / soft_cap) - 1.0)
-        scores *= LOG2_E
-        seen = live[None, :]
-        if CAUSAL:
-            seen = seen & (positions[None, :] <= query_positions[:, None])
-        if CAUSAL and HAS_WINDOW:
-            seen = seen & (positions[None, :] > query_positions[:, None] - sliding_window)
+    return largest, tl.zeros((ROWS,), tl.float32), tl.zeros((ROWS, BLOCK_D), tl.float32)
+
+
+@triton.jit
+def fold_in(  # type: ignore[no-untyped-def]
+    q,  # [ROWS, BLOCK_D]
+    k,
+    v,
+    seen,  # [ROWS, BLOCK_N], or one row for all; None: everything
+    state,  # what this returned for the keys so far, or ``no_keys``
+    scale,
+    soft_cap,
+    HAS_CAP: tl.constexpr,
+):
+    """The state with the seen keys added. The scale must be positive."""
+    largest, total, out = state
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    scores = tl.dot(q, k, input_precision="ieee")
+    unit = scale * LOG2_E
+    if HAS_CAP:  # c tanh(s / c), as tanh(z) = 2 sigmoid(2z) - 1
+        scores = soft_cap * (2.0 * tl.sigmoid(2.0 * scale * scores / soft_cap) - 1.0)
+        unit = LOG2_E
+    if seen is not None:
         scores = tl.where(seen, scores, -1e30)
-        new_largest = tl.maximum(largest, tl.max(scores, axis=1))
-        decay = tl.exp2(largest - new_largest)
-        weights = tl.where(seen, tl.exp2(scores - new_largest[:, None]), 0.0)
-        total = total * decay + tl.sum(weights, axis=1)
-        out = out * decay[:, None]
-        out = tl.dot(weights.to(v.dtype), v, out, input_precision="ieee")
-        largest = new_largest
-    return largest, total, out
+    new_largest = tl.maximum(largest, tl.max(scores, axis=1) * unit)
+    decay = tl.exp2(largest - new_largest)
+    weights = tl.exp2(scores * unit - new_largest[:, None])
+    if seen is not None:
+        weights = tl.where(seen, weights, 0.0)
+    total = total * decay + tl.sum(weights, axis=1)
+    out = out * decay[:, None]
+    out = tl.dot(weights.to(v.dtype), v, out, input_precision="ieee")
+    return new_largest, total, out

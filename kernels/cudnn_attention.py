@@ -92,11 +92,12 @@ def attend_share(
         key_cache, value_cache, step.block_table[share.request], num_keys=border + num_rows
     )
     recent = _cudnn(rows, k[border:], v[border:], scale, is_causal=True)
+    wanted = recent[0][share.num_ahead :]
     if border == 0 and out is None:
-        return recent[0]
-    place = torch.empty_like(recent[0][: share.num_queries]) if out is None else out[tokens]
+        return wanted
+    place = torch.empty_like(wanted) if out is None else out[tokens]
     if border == 0:
-        return place.copy_(recent[0])
+        return place.copy_(wanted)
     cached = _cudnn(rows, k[:border], v[:border], scale, is_causal=False)
     merge_results(recent, cached, place, num_ahead=share.num_ahead)
     return place

@@ -1,14 +1,13 @@
 """Attention of requests that have one query each, with their keys shared out evenly.
 
-The keys of all requests and key heads are laid end to end and cut into equal ranges, one for each
-of a fixed number of programs, whatever the lengths are: so a captured launch serves any batch, and
-no program waits for a longer one. A range may begin and end inside a request; the parts of such a
-request meet in the program that finishes last. Where requests are few, each is cut by itself, so
-that no program has two of them.
+The keys of all requests and key heads are laid end to end, in tiles, and cut into equal ranges, one
+for each of a fixed number of programs, whatever the lengths are: so a captured launch serves any
+batch, and no program waits for a longer one. A program goes through its range in one loop, across
+the borders of requests, so that the next keys are always on their way. A range may begin and end
+inside a stretch (the keys of one request and head); its parts meet in the program that finishes
+last. Where stretches are few, each is cut by itself, so that no program has two of them.
 
-``plan_kernel`` lays out the line from the lengths alone, once for all layers of a step. A unit is
-``UNIT`` keys of one key head. The plan, int32: units in a range; units in all; [B + 1] where each
-request starts, counted for one head; [B * K] how many parts of a request and head are done.
+The line is laid out from the lengths alone, once for all layers of a step: see ``Plan``.
 Shapes: T packed tokens, B requests, N query heads, K key/value heads, D head size, G = N / K.
 Sources: for split keys "Flash-Decoding", https://pytorch.org/blog/flash-decoding; for even ranges
 Osama et al., "Stream-K", arXiv:2301.03598.
@@ -22,12 +21,10 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from kernels.attend_keys import attend_keys, loop_constants, padded_batch
+from kernels.attend_keys import fold_in, load_keys, loop_constants, no_keys, padded_batch
 from kernels.attention_step import Options, Step, StepMemo
 
-_UNIT = tl.constexpr(16)  # keys
-_NUM_HEADER = tl.constexpr(2)  # places of a plan before its starts
-_MIN_RANGE_UNITS = 4
+_NUM_HEADER = tl.constexpr(2)
 
 
 class DecodeTiles(NamedTuple):
@@ -37,6 +34,7 @@ class DecodeTiles(NamedTuple):
     num_warps: int
     num_stages: int
     programs_per_sm: int
+    min_share: int = 64  # keys of a program; with fewer the merging costs more than it saves
 
 
 def tiles_for(head_dim: int, item_size: int) -> DecodeTiles:
@@ -76,7 +74,8 @@ def decode_attention_triton(
         return out
     tiles = tiles or tiles_for(D, q.element_size())
     programs = num_programs or _num_multiprocessors(q.device) * tiles.programs_per_sm
-    plan, is_first = _shared_plan(step, options, memo, num_kv_heads=K, num_programs=programs)
+    plan_of = PlanKey(K, programs, tiles.num_keys, tiles.min_share, options.sliding_window)
+    plan, is_first = _shared_plan(step, plan_of, memo)
     group = N // K
     parts = torch.empty((programs, 2, group, D), dtype=torch.float32, device=q.device)
     log_sums = torch.empty((programs, 2, group), dtype=torch.float32, device=q.device)
@@ -92,8 +91,6 @@ def decode_attention_triton(
         log_sums,
         plan,
         step.block_table,
-        step.query_start_loc,
-        step.seq_lens,
         B,
         q.stride(0),
         step.block_table.stride(0),
@@ -114,45 +111,65 @@ def decode_attention_triton(
     return out
 
 
-def _shared_plan(
-    step: Step,
-    options: Options,
-    memo: StepMemo | None,
-    *,
-    num_kv_heads: int,
-    num_programs: int,
-) -> tuple[Tensor, bool]:
+class PlanKey(NamedTuple):
+    """What a plan depends on besides the step."""
+
+    num_kv_heads: int
+    num_programs: int
+    tile: int  # keys
+    min_share: int  # keys
+    sliding_window: int | None
+
+
+class Plan(NamedTuple):
+    """How the line is laid out and cut. The kernels read the tensor that these are views of."""
+
+    share: Tensor  # [] tiles in each program's range
+    num_tiles: Tensor  # [] in all, of all heads
+    # Records of the requests that have one query, in order; nothing follows the last.
+    starts: Tensor  # [B + 1] tiles before it, of one head
+    requests: Tensor  # [B + 1]
+    seq_lens: Tensor  # [B + 1]
+    tokens: Tensor  # [B + 1] where its query is
+    num_done: Tensor  # [B * K] parts of each stretch that are there; zeros between launches
+
+    @classmethod
+    def read(cls, plan: Tensor, num_requests: int) -> "Plan":
+        """Name the parts of a plan."""
+        header = _NUM_HEADER.value
+        records = plan[header:][: 4 * (num_requests + 1)].view(4, num_requests + 1)
+        starts, requests, seq_lens, tokens = records
+        rest = plan[header + records.numel() :]
+        return cls(plan[0], plan[1], starts, requests, seq_lens, tokens, rest)
+
+
+def _shared_plan(step: Step, key: PlanKey, memo: StepMemo | None) -> tuple[Tensor, bool]:
     """The plan, and whether it was made just now."""
-    key = ("decode plan", num_kv_heads, num_programs, options.sliding_window)
     if memo is not None and key in memo.entries:
         return memo.entries[key], False
-    plan = make_plan(
-        step, options.sliding_window, num_kv_heads=num_kv_heads, num_programs=num_programs
-    )
+    plan = make_plan(step, key)
     if memo is not None:
         memo.entries[key] = plan
     return plan, True
 
 
-def make_plan(
-    step: Step, sliding_window: int | None, *, num_kv_heads: int, num_programs: int
-) -> Tensor:
-    """Lay out the line of keys and cut it; the module's docstring says what is in it."""
-    B, K = step.seq_lens.shape[0], num_kv_heads
-    plan = torch.empty(
-        _NUM_HEADER.value + B + 1 + B * K, dtype=torch.int32, device=step.seq_lens.device
-    )
+def make_plan(step: Step, key: PlanKey) -> Tensor:
+    """Lay out the line of keys and cut it, on the device. Returns what ``Plan.read`` names."""
+    B, num_stretches = step.seq_lens.shape[0], step.seq_lens.shape[0] * key.num_kv_heads
+    size = _NUM_HEADER.value + 4 * (B + 1) + num_stretches
+    plan = torch.empty(size, dtype=torch.int32, device=step.seq_lens.device)
     _plan_kernel[(1,)](
         plan,
         step.query_start_loc,
         step.seq_lens,
         B,
-        B * K,
-        num_programs,
-        sliding_window or 0,
-        NUM_KV_HEADS=K,
-        MIN_RANGE=_MIN_RANGE_UNITS,
-        HAS_WINDOW=sliding_window is not None,
+        num_stretches,
+        key.num_programs,
+        key.sliding_window or 0,
+        NUM_KV_HEADS=key.num_kv_heads,
+        TILE=key.tile,
+        MIN_SHARE=max(1, key.min_share // key.tile),
+        HAS_WINDOW=key.sliding_window is not None,
         BLOCK_B=padded_batch(B),
         num_warps=8,
     )
@@ -175,38 +192,50 @@ def _plan_kernel(  # type: ignore[no-untyped-def]
     num_programs,
     sliding_window,
     NUM_KV_HEADS: tl.constexpr,
-    MIN_RANGE: tl.constexpr,
+    TILE: tl.constexpr,
+    MIN_SHARE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
     b = tl.arange(0, BLOCK_B)
     mask = b < num_requests
-    start = tl.load(query_start_loc_ptr + b, mask, other=0)
-    num_queries = tl.load(query_start_loc_ptr + b + 1, mask, other=0) - start
-    num_keys = tl.load(seq_lens_ptr + b, mask, other=0)
+    token = tl.load(query_start_loc_ptr + b, mask, other=0)
+    num_queries = tl.load(query_start_loc_ptr + b + 1, mask, other=0) - token
+    seq_len = tl.load(seq_lens_ptr + b, mask, other=0)
+    num_keys = seq_len
     if HAS_WINDOW:
         num_keys = tl.minimum(num_keys, sliding_window)
-    # A request without keys still gets a unit, so that somebody writes its zeros.
-    units = tl.maximum(tl.cdiv(num_keys, _UNIT), 1)
-    units = tl.where(num_queries == 1, units, 0)
-    even = tl.maximum(tl.cdiv(tl.sum(units, axis=0) * NUM_KV_HEADS, num_programs), MIN_RANGE)
-    # Up to a quarter more for each program is a fair price for no request beginning mid-range.
-    per_range = even
+    # A request without keys still gets a tile, so that somebody writes its zeros.
+    is_active = mask & (num_queries == 1)
+    tiles = tl.where(is_active, tl.maximum(tl.cdiv(num_keys, TILE), 1), 0)
+    even = tl.maximum(tl.cdiv(tl.sum(tiles, axis=0) * NUM_KV_HEADS, num_programs), MIN_SHARE)
+    # A little more for each program is a fair price for no stretch beginning inside a range.
+    share = even
     is_aligned = even < 0
     for i in tl.static_range(5):
         longer = even + tl.cdiv(even * (4 - i), 16)
-        fits = tl.sum(tl.cdiv(units, longer), axis=0) * NUM_KV_HEADS <= num_programs
-        per_range = tl.where(fits, longer, per_range)
+        fits = tl.sum(tl.cdiv(tiles, longer), axis=0) * NUM_KV_HEADS <= num_programs
+        share = tl.where(fits, longer, share)
         is_aligned = is_aligned | fits
-    length = tl.where(is_aligned, tl.cdiv(units, per_range) * per_range, units)
-    ends = tl.cumsum(length, axis=0)
-    tl.store(plan_ptr, per_range)
-    tl.store(plan_ptr + 1, tl.sum(length, axis=0) * NUM_KV_HEADS)
-    tl.store(plan_ptr + _NUM_HEADER, 0)
-    tl.store(plan_ptr + _NUM_HEADER + 1 + b, ends, mask)
-    counters_ptr = plan_ptr + _NUM_HEADER + num_requests + 1
-    for first in range(0, num_counters, BLOCK_B):
-        tl.store(counters_ptr + first + b, b * 0, first + b < num_counters)
+    tiles = tl.where(is_aligned, tl.cdiv(tiles, share) * share, tiles)
+    num_tiles = tl.sum(tiles, axis=0)
+    tl.store(plan_ptr, share)
+    tl.store(plan_ptr + 1, num_tiles * NUM_KV_HEADS)
+    width = num_requests + 1
+    starts_ptr = plan_ptr + _NUM_HEADER
+    for start in range(0, width, BLOCK_B):  # one more than the block, perhaps
+        tl.store(starts_ptr + start + b, b * 0 + num_tiles, start + b < width)
+        for column in tl.static_range(1, 4):
+            tl.store(starts_ptr + column * width + start + b, b * 0, start + b < width)
+    counters_ptr = starts_ptr + 4 * width
+    for start in range(0, num_counters, BLOCK_B):
+        tl.store(counters_ptr + start + b, b * 0, start + b < num_counters)
+    tl.debug_barrier()  # some of these places are written again
+    rank = tl.cumsum(is_active.to(tl.int32), axis=0) - 1
+    tl.store(starts_ptr + rank, tl.cumsum(tiles, axis=0) - tiles, is_active)
+    tl.store(starts_ptr + width + rank, b, is_active)
+    tl.store(starts_ptr + 2 * width + rank, seq_len, is_active)
+    tl.store(starts_ptr + 3 * width + rank, token, is_active)
 
 
 @triton.jit(do_not_specialize=["num_requests", "block_table_stride", "sliding_window"])
@@ -219,8 +248,6 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     log_sums_ptr,  # [programs, 2, G] float32, base 2
     plan_ptr,
     block_table_ptr,
-    query_start_loc_ptr,
-    seq_lens_ptr,
     num_requests,
     q_stride,
     block_table_stride,
@@ -242,74 +269,139 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     HAS_WINDOW: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    starts_ptr = plan_ptr + _NUM_HEADER
-    counters_ptr = starts_ptr + num_requests + 1
-    per_range = tl.load(plan_ptr)
-    ids = tl.arange(0, BLOCK_B)
-    ends = tl.load(starts_ptr + 1 + ids, ids < num_requests, other=2**30)
-    unit = tl.program_id(0) * per_range
-    end_unit = tl.minimum(unit + per_range, tl.load(plan_ptr + 1))
+    line = plan_ptr + _NUM_HEADER, num_requests + 1
+    table = block_table_ptr, block_table_stride
+    window = sliding_window, HAS_WINDOW
+    share = tl.load(plan_ptr)
+    first_tile = tl.program_id(0) * share
+    r, kv_head, t = _find(line[0], first_tile, num_requests, NUM_KV_HEADS, BLOCK_B)
+    first_row, first_t = r * NUM_KV_HEADS + kv_head, t
+    size, seq_len, token, positions, ids = _look_up(line, r, t, table, window, BLOCK_SIZE, BLOCK_N)
+    num_tiles = _num_tiles(seq_len, window, BLOCK_N)
+    end_tile = _end_range(plan_ptr, first_tile, first_tile - t, size, num_tiles)
+    largest, total, out = no_keys(ROWS, BLOCK_D)
     # What was read so far is older than the kernel before this one: the step's first launch
     # waited for the plan to be complete, and no later launch overtakes that one.
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    while unit < end_unit:
-        b = tl.sum((ends <= unit // NUM_KV_HEADS).to(tl.int32), axis=0)
-        start = tl.load(starts_ptr + b) * NUM_KV_HEADS
-        length = tl.load(starts_ptr + b + 1) - start // NUM_KV_HEADS
-        kv_head = (unit - start) // length
-        head_start = start + kv_head * length
-        next_unit = tl.minimum(head_start + length, end_unit)
-        seq_len = tl.load(seq_lens_ptr + b)
-        first = tl.maximum(seq_len - sliding_window, 0) if HAS_WINDOW else 0
-        token = tl.load(query_start_loc_ptr + b).to(tl.int64)
-        q_at = token * q_stride + kv_head * GROUP * HEAD_DIM
-        q = _load_queries(q_ptr + q_at, GROUP, HEAD_DIM, ROWS, BLOCK_D, INTERPRET)
-        largest, total, out = attend_keys(
-            q,
-            tl.arange(0, ROWS),
-            first + (unit - head_start) * _UNIT,
-            tl.minimum(first + (next_unit - head_start) * _UNIT, seq_len),
+    for tile in range(first_tile, end_tile):
+        live = positions < seq_len
+        k, v = load_keys(
+            (key_cache_ptr, value_cache_ptr),
+            ids,
+            positions,
+            live,
             kv_head,
-            key_cache_ptr,
-            value_cache_ptr,
-            block_table_ptr + b.to(tl.int64) * block_table_stride,
-            scale,
-            soft_cap,
-            sliding_window,
             NUM_KV_HEADS,
             HEAD_DIM,
             BLOCK_SIZE,
             BLOCK_D,
-            BLOCK_N,
-            HAS_CAP,
-            HAS_WINDOW,
             INTERPRET,
-            ROWS,
-            False,
         )
-        last_unit = head_start + tl.maximum(tl.cdiv(seq_len - first, _UNIT), 1) - 1
-        first_program = head_start // per_range
-        _finish(
-            largest,
-            total,
-            out,
-            out_ptr + (token * NUM_KV_HEADS + kv_head) * GROUP * HEAD_DIM,
-            parts_ptr,
-            log_sums_ptr,
-            counters_ptr + b * NUM_KV_HEADS + kv_head,
-            tl.program_id(0),
-            first_program,
-            last_unit // per_range - first_program + 1,
-            GROUP,
-            PADDED_GROUP,
-            HEAD_DIM,
-            BLOCK_D,
-            ROWS,
-            MERGE,
+        q_at = token.to(tl.int64) * q_stride + kv_head * GROUP * HEAD_DIM
+        q = _load_queries(q_ptr + q_at, GROUP, HEAD_DIM, ROWS, BLOCK_D, INTERPRET)
+        state = tl.where(t == 0, -1e30, largest), tl.where(t == 0, 0.0, total), out
+        largest, total, out = fold_in(q, k, v, live[None, :], state, scale, soft_cap, HAS_CAP)
+        t += 1
+        if (t == size) | (tile + 1 == end_tile):
+            begins_here = tile + 1 - t >= first_tile
+            is_whole = begins_here & (t == _num_tiles(seq_len, window, BLOCK_N))
+            out_at = (token.to(tl.int64) * NUM_KV_HEADS + kv_head) * GROUP * HEAD_DIM
+            targets = out_ptr + out_at, parts_ptr, log_sums_ptr
+            place = tl.program_id(0) * 2 + begins_here.to(tl.int32)
+            state = (largest, total, out)
+            _store_result(state, targets, place, is_whole, GROUP, HEAD_DIM, ROWS, BLOCK_D)
+        # The next tile's place and blocks are read now: found in its own turn, they would hold
+        # up its keys' loads, which then start too late to cover the memory's latency.
+        r, kv_head, t = _step_on(r, kv_head, t, size, NUM_KV_HEADS)
+        size, seq_len, token, positions, ids = _look_up(
+            line, r, t, table, window, BLOCK_SIZE, BLOCK_N
         )
-        unit = next_unit
+    tl.debug_barrier()  # the counts below must not be seen before all of the parts
+    for i in range(2):
+        # The stretch that the range began in; then that in which it ended, if that is another.
+        row = tl.where(i == 0, first_row, r * NUM_KV_HEADS + kv_head)
+        start = tl.where(i == 0, first_tile - first_t, end_tile - t)
+        if (first_tile < end_tile) & ((i == 0) | ((t > 0) & (start > first_tile))):
+            _join(
+                line,
+                row,
+                start,
+                share,
+                window,
+                (out_ptr, parts_ptr, log_sums_ptr),
+                NUM_KV_HEADS,
+                BLOCK_N,
+                GROUP,
+                PADDED_GROUP,
+                HEAD_DIM,
+                BLOCK_D,
+                MERGE,
+            )
+
+
+@triton.jit
+def _find(starts_ptr, tile, num_requests, NUM_KV_HEADS: tl.constexpr, BLOCK_B: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The record, key head and tile within them of a place on the line."""
+    ids = tl.arange(0, BLOCK_B)
+    ends = tl.load(starts_ptr + 1 + ids, ids < num_requests, other=2**30)
+    r = tl.sum((ends <= tile // NUM_KV_HEADS).to(tl.int32), axis=0)
+    start = tl.load(starts_ptr + r)
+    length = tl.maximum(tl.load(starts_ptr + r + 1) - start, 1)  # none beyond the last
+    t = tile - start * NUM_KV_HEADS
+    return r, t // length, t % length
+
+
+@triton.jit
+def _end_range(plan_ptr, first_tile, start, length, num_tiles):  # type: ignore[no-untyped-def]
+    """Where the range that begins at ``first_tile`` has no more to do.
+
+    Aligned ranges may have nothing at their end: a stretch is rounded up to whole ones then.
+    """
+    end_tile = tl.minimum(first_tile + tl.load(plan_ptr), tl.load(plan_ptr + 1))
+    return tl.where(length > num_tiles, tl.minimum(end_tile, start + num_tiles), end_tile)
+
+
+@triton.jit
+def _step_on(r, kv_head, t, length, NUM_KV_HEADS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The place of tile t, which may be that after a stretch's last."""
+    is_end = (t == length).to(tl.int32)
+    kv_head += is_end
+    is_over = (kv_head == NUM_KV_HEADS).to(tl.int32)
+    return r + is_over, kv_head * (1 - is_over), t * (1 - is_end)
+
+
+@triton.jit
+def _look_up(  # type: ignore[no-untyped-def]
+    line,  # pointer to the records, and how many places each of their columns has
+    r,
+    t,
+    table,  # pointer, and stride of a request
+    window,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Tiles of a stretch, keys and token of a record; positions and block ids of its tile t."""
+    column_ptr = line[0] + r
+    length = tl.load(column_ptr + 1) - tl.load(column_ptr)
+    request = tl.load(column_ptr + line[1])
+    seq_len = tl.load(column_ptr + 2 * line[1])
+    token = tl.load(column_ptr + 3 * line[1])
+    positions = _first_key(seq_len, window) + t * BLOCK_N + tl.arange(0, BLOCK_N)
+    ids_ptr = table[0] + request.to(tl.int64) * table[1]
+    block_ids = tl.load(ids_ptr + positions // BLOCK_SIZE, positions < seq_len, other=0)
+    return length, seq_len, token, positions, block_ids
+
+
+@triton.jit
+def _first_key(seq_len, window):  # type: ignore[no-untyped-def]
+    return tl.maximum(seq_len - window[0], 0) if window[1] else 0
+
+
+@triton.jit
+def _num_tiles(seq_len, window, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.maximum(tl.cdiv(seq_len - _first_key(seq_len, window), BLOCK_N), 1)
 
 
 @triton.jit
@@ -330,47 +422,62 @@ def _load_queries(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _finish(  # type: ignore[no-untyped-def]
-    largest,
-    total,
-    out,
-    out_ptr,
-    parts_ptr,
-    log_sums_ptr,
-    counter_ptr,
-    program,
-    first_program,
-    num_parts,
+def _store_result(  # type: ignore[no-untyped-def]
+    state,
+    targets,  # pointers: the stretch's result, all parts, all logs of sums
+    place,
+    is_whole,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Write a stretch's result, or a part of it with its sum of exponentials."""
+    largest, total, out = state
+    rows = tl.arange(0, ROWS)
+    cols = tl.arange(0, BLOCK_D)
+    mask = (rows < GROUP)[:, None] & (cols < HEAD_DIM)[None, :]
+    at = rows[:, None] * HEAD_DIM + cols[None, :]
+    # Without any key nothing was added, and what is there belongs to the stretch before.
+    out = tl.where((total > 0.0)[:, None], out / tl.maximum(total, 1e-30)[:, None], 0.0)
+    if is_whole:
+        tl.store(targets[0] + at, out, mask)
+    else:
+        log_sum = tl.where(total > 0.0, largest + tl.log2(tl.maximum(total, 1e-30)), -1e30)
+        tl.store(targets[1] + place * GROUP * HEAD_DIM + at, out, mask)
+        tl.store(targets[2] + place * GROUP + rows, log_sum, rows < GROUP)
+
+
+@triton.jit
+def _join(  # type: ignore[no-untyped-def]
+    line,
+    row,
+    start,
+    share,
+    window,
+    targets,  # pointers: the result, all parts, all logs of sums
+    NUM_KV_HEADS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,
     PADDED_GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    ROWS: tl.constexpr,
     MERGE: tl.constexpr,
 ):
-    """Write the result; of a request in parts, this part, and the result if it is the last."""
-    rows = tl.arange(0, ROWS)
-    cols = tl.arange(0, BLOCK_D)
-    mask = (rows < GROUP)[:, None] & (cols < HEAD_DIM)[None, :]
-    out = out / tl.maximum(total, 1e-30)[:, None]
-    if num_parts == 1:
-        tl.store(out_ptr + rows[:, None] * HEAD_DIM + cols[None, :], out, mask)
-    else:
-        log_sum = tl.where(total > 0.0, largest + tl.log2(tl.maximum(total, 1e-30)), -1e30)
-        # Of a program's requests one at most goes on in the next program, and one at most began
-        # in another.
-        place = program * 2 + (program == first_program).to(tl.int32)
-        part_rows = place * GROUP + rows
-        tl.store(parts_ptr + part_rows[:, None] * HEAD_DIM + cols[None, :], out, mask)
-        tl.store(log_sums_ptr + part_rows, log_sum, rows < GROUP)
-        tl.debug_barrier()  # the count below must not be seen before all of the part
+    """Count this program's part of a stretch as done; merge them all if it was the last."""
+    column_ptr = line[0] + row // NUM_KV_HEADS
+    last = start + _num_tiles(tl.load(column_ptr + 2 * line[1]), window, BLOCK_N) - 1
+    first_program = start // share
+    num_parts = last // share - first_program + 1
+    if num_parts > 1:
+        counter_ptr = line[0] + 4 * line[1] + row
         num_done = tl.atomic_add(counter_ptr, 1, sem="acq_rel")
         if num_done == num_parts - 1:
             tl.store(counter_ptr, 0)  # for the next layer
+            token = tl.load(column_ptr + 3 * line[1]).to(tl.int64)
+            head = token * NUM_KV_HEADS + row % NUM_KV_HEADS
             _merge_parts(
-                out_ptr,
-                parts_ptr,
-                log_sums_ptr,
+                (targets[0] + head * GROUP * HEAD_DIM, targets[1], targets[2]),
                 first_program,
                 num_parts,
                 GROUP,
@@ -383,9 +490,7 @@ def _finish(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _merge_parts(  # type: ignore[no-untyped-def]
-    out_ptr,
-    parts_ptr,
-    log_sums_ptr,
+    targets,  # pointers: the stretch's result, all parts, all logs of sums
     first_program,
     num_parts,
     GROUP: tl.constexpr,
@@ -408,9 +513,9 @@ def _merge_parts(  # type: ignore[no-untyped-def]
         part_rows = places[:, None] * GROUP + heads[None, :]  # [MERGE, PADDED_GROUP]
         is_row = is_part[:, None] & (heads < GROUP)[None, :]
         # From L2: other programs have just written them.
-        log_sums = tl.load(log_sums_ptr + part_rows, is_row, other=-1e30, cache_modifier=".cg")
+        log_sums = tl.load(targets[2] + part_rows, is_row, other=-1e30, cache_modifier=".cg")
         values = tl.load(
-            parts_ptr + part_rows[:, :, None] * HEAD_DIM + cols[None, None, :],
+            targets[1] + part_rows[:, :, None] * HEAD_DIM + cols[None, None, :],
             is_part[:, None, None] & is_value[None, :, :],
             other=0.0,
             cache_modifier=".cg",
@@ -423,4 +528,4 @@ def _merge_parts(  # type: ignore[no-untyped-def]
         largest = new_largest
     out = out / tl.maximum(total, 1e-30)[:, None]
     out_at = heads[:, None] * HEAD_DIM + cols[None, :]
-    tl.store(out_ptr + out_at, out, is_value)
+    tl.store(targets[0] + out_at, out, is_value)

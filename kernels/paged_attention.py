@@ -68,6 +68,8 @@ def paged_attention(
         )
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window must be at least 1, not {sliding_window}")
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, not {scale}")
     if soft_cap is not None and not soft_cap > 0:
         raise ValueError(f"soft_cap must be positive, not {soft_cap}")
     options = Options(scale, sliding_window, soft_cap)

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from kernels.attend_keys import attend_keys, loop_constants, padded_batch
+from kernels.attend_keys import fold_in, load_keys, loop_constants, no_keys, padded_batch
 from kernels.attention_step import Options, Step
 from kernels.cudnn_attention import GRAIN, MIN_QUERIES, num_served
 
@@ -148,58 +148,120 @@ def _prefill_kernel(  # type: ignore[no-untyped-def]
         tl.extra.cuda.gdc_launch_dependents()
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest of a prompt first
     kv_head = tl.program_id(1)
-    # Request b owns the tiles from query_start_loc[b] // TILE_QUERIES + b on: never fewer than
-    # it needs, and known without a look at the other requests. Find the last b that starts here
-    # or before.
-    ids = tl.arange(0, BLOCK_B)
-    starts = tl.load(query_start_loc_ptr + ids, ids < num_requests, other=2**30)
-    b = tl.sum((starts // TILE_QUERIES + ids <= tile).to(tl.int32), axis=0) - 1
+    b, first_query = _find(query_start_loc_ptr, tile, num_requests, TILE_QUERIES, BLOCK_B)
     query_start = tl.load(query_start_loc_ptr + b)
     query_len = tl.load(query_start_loc_ptr + b + 1) - query_start
-    first_query = (tile - query_start // TILE_QUERIES - b) * TILE_QUERIES
     seq_len = tl.load(seq_lens_ptr + b)
-    is_wanted = (first_query < query_len) & (query_len > skip_single)
     served = num_served(query_len, seq_len, min_shared, GRAIN)
+    is_wanted = (first_query < query_len) & (query_len > skip_single)
     if is_wanted & (first_query + TILE_QUERIES > served):
         rows = tl.arange(0, ROWS)
+        cols = tl.arange(0, BLOCK_D)
         queries = first_query + rows // GROUP
         row_mask = (rows < TILE_QUERIES * GROUP) & (queries < query_len)
+        mask = row_mask[:, None] & (cols < HEAD_DIM)[None, :]
         tokens = (query_start + queries).to(tl.int64)  # int64: T * N * D may pass 2**31
         heads = kv_head * GROUP + rows % GROUP
-        cols = tl.arange(0, BLOCK_D)
-        mask = row_mask[:, None] & (cols < HEAD_DIM)[None, :]
         q_at = tokens * q_stride + heads * HEAD_DIM
         q = tl.load(q_ptr + q_at[:, None] + cols[None, :], mask, other=0.0)
         if INTERPRET:
             q = q.to(tl.float32)
-        query_positions = seq_len - query_len + queries
-        first = 0
-        if HAS_WINDOW:
-            first = tl.maximum(seq_len - query_len + first_query - sliding_window + 1, 0)
-        end = tl.minimum(seq_len, seq_len - query_len + first_query + TILE_QUERIES)
-        _, total, out = attend_keys(
+        out = _attend(
             q,
-            query_positions,
-            first,
-            end,
+            seq_len - query_len + queries,
             kv_head,
-            key_cache_ptr,
-            value_cache_ptr,
+            (key_cache_ptr, value_cache_ptr),
             block_table_ptr + b.to(tl.int64) * block_table_stride,
-            scale,
-            soft_cap,
-            sliding_window,
+            (seq_len - query_len + first_query, seq_len),
+            (scale, soft_cap, sliding_window),
+            TILE_QUERIES,
             NUM_KV_HEADS,
             HEAD_DIM,
             BLOCK_SIZE,
             BLOCK_D,
             BLOCK_N,
+            ROWS,
             HAS_CAP,
             HAS_WINDOW,
             INTERPRET,
-            ROWS,
-            True,
         )
-        out = out / tl.maximum(total, 1e-30)[:, None]
         out_at = (tokens * NUM_KV_HEADS * GROUP + heads) * HEAD_DIM
         tl.store(out_ptr + out_at[:, None] + cols[None, :], out, mask)
+
+
+@triton.jit
+def _find(  # type: ignore[no-untyped-def]
+    query_start_loc_ptr, tile, num_requests, TILE_QUERIES: tl.constexpr, BLOCK_B: tl.constexpr
+):
+    """The request of a tile, and the first of its queries there.
+
+    Request b owns the tiles from query_start_loc[b] // TILE_QUERIES + b on: never fewer than it
+    needs, and known without a look at the other requests.
+    """
+    ids = tl.arange(0, BLOCK_B)
+    starts = tl.load(query_start_loc_ptr + ids, ids < num_requests, other=2**30)
+    first_tiles = starts // TILE_QUERIES + ids
+    b = tl.sum((first_tiles <= tile).to(tl.int32), axis=0) - 1
+    first_tile = tl.max(tl.where(first_tiles <= tile, first_tiles, 0), axis=0)
+    return b, (tile - first_tile) * TILE_QUERIES
+
+
+@triton.jit
+def _attend(  # type: ignore[no-untyped-def]
+    q,  # [ROWS, BLOCK_D]
+    query_positions,  # [ROWS]
+    kv_head,
+    caches,
+    block_ids_ptr,
+    places,  # position of the first query; keys of the request
+    options,  # scale, soft cap, window
+    TILE_QUERIES: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """Attend to all keys that the tile's rows see."""
+    first = tl.maximum(places[0] - options[2] + 1, 0) if HAS_WINDOW else 0
+    end = tl.minimum(places[1], places[0] + TILE_QUERIES)
+    # The first query sees all keys up to its own, so for those there is nothing to compare.
+    border = first
+    if not HAS_WINDOW:
+        border = tl.minimum(places[0] + 1, end) // BLOCK_N * BLOCK_N
+    largest, total, out = no_keys(ROWS, BLOCK_D)
+    for is_masked in tl.static_range(2):
+        start, stop = (border, end) if is_masked else (first, border)
+        # Block ids are read a tile ahead: found in the same turn, they would hold up the keys'
+        # loads, which the compiler then starts too late to cover the memory's latency.
+        ahead = start + tl.arange(0, BLOCK_N)
+        ids = tl.load(block_ids_ptr + ahead // BLOCK_SIZE, ahead < end, other=0)
+        for at in range(start, stop, BLOCK_N):
+            positions = at + tl.arange(0, BLOCK_N)
+            live = positions < end if is_masked else None
+            k, v = load_keys(
+                caches,
+                ids,
+                positions,
+                live,
+                kv_head,
+                NUM_KV_HEADS,
+                HEAD_DIM,
+                BLOCK_SIZE,
+                BLOCK_D,
+                INTERPRET,
+            )
+            ahead = positions + BLOCK_N
+            ids = tl.load(block_ids_ptr + ahead // BLOCK_SIZE, ahead < end, other=0)
+            seen = None
+            if is_masked:
+                seen = live[None, :] & (positions[None, :] <= query_positions[:, None])
+            if is_masked and HAS_WINDOW:
+                seen = seen & (positions[None, :] > query_positions[:, None] - options[2])
+            state = largest, total, out
+            largest, total, out = fold_in(q, k, v, seen, state, options[0], options[1], HAS_CAP)
+    return out / tl.maximum(total, 1e-30)[:, None]

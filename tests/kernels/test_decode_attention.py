@@ -8,54 +8,65 @@ from itertools import pairwise
 import pytest
 import torch
 
-from kernels.attention_step import Options, Step, StepMemo
-from kernels.decode_attention import DecodeTiles, decode_attention_triton, make_plan
+from kernels.attention_step import Options, StepMemo
+from kernels.decode_attention import (
+    DecodeTiles,
+    Plan,
+    PlanKey,
+    decode_attention_triton,
+    make_plan,
+)
 from kernels.paged_attention import paged_attention_reference
 from tests.kernels.cases import DTYPES, assert_close, attention_inputs
 
-UNIT = 16
 PLAIN = Options(0.2, None, None)
 
 
-def step_of(query_lens: list[int], seq_lens: list[int]) -> Step:
-    return attention_inputs(query_lens, seq_lens, heads=(1, 1), head_dim=8)[3]
+def plan_for(
+    query_lens: list[int], seq_lens: list[int], num_kv_heads: int, num_programs: int, **key: int
+) -> Plan:
+    step = attention_inputs(query_lens, seq_lens, heads=(1, 1), head_dim=8)[3]
+    window = key.get("sliding_window")
+    plan = make_plan(step, PlanKey(num_kv_heads, num_programs, key.get("tile", 16), 64, window))
+    return Plan.read(plan, len(seq_lens))
 
 
-def read_plan(plan: torch.Tensor, num_requests: int) -> tuple[int, int, list[int]]:
-    return int(plan[0]), int(plan[1]), plan[2 : 3 + num_requests].tolist()
+def test_plan_cuts_a_lone_request_into_ranges_that_end_with_its_heads() -> None:
+    plan = plan_for([1], [1000], 2, 8)
 
-
-def test_plan_cuts_a_lone_request_into_equal_ranges_of_its_own_heads() -> None:
-    plan = make_plan(step_of([1], [1000]), None, num_kv_heads=2, num_programs=8)
-
-    per_range, total, starts = read_plan(plan, 1)
-    assert per_range == 16  # 63 units of a head over 4 programs
-    assert starts == [0, 64]  # the head's last range ends with its programs, not inside one
-    assert total == 2 * 64
+    assert plan.share == 16  # 63 tiles of a head over 4 programs
+    assert plan.starts.tolist() == [0, 64]
+    assert plan.num_tiles == 2 * 64
 
 
 def test_plan_shares_out_many_requests_evenly_whatever_their_lengths() -> None:
     seq_lens = [17, 900, 64, 333, 1, 512, 80]
-    units = [-(-n // UNIT) for n in seq_lens]
+    tiles = [-(-n // 16) for n in seq_lens]
 
-    plan = make_plan(step_of([1] * 7, seq_lens), None, num_kv_heads=3, num_programs=5)
+    plan = plan_for([1] * 7, seq_lens, 3, 5)
 
-    per_range, total, starts = read_plan(plan, 7)
-    assert total == 3 * sum(units)
-    assert per_range == -(-total // 5)
-    assert [b - a for a, b in pairwise(starts)] == units
+    assert plan.num_tiles == 3 * sum(tiles)
+    assert plan.share == -(-3 * sum(tiles) // 5)
+    assert [b - a for a, b in pairwise(plan.starts.tolist())] == tiles
+    assert plan.seq_lens.tolist() == [*seq_lens, 0]
 
 
 def test_plan_leaves_out_requests_that_have_no_query_or_several() -> None:
-    plan = make_plan(step_of([1, 0, 3, 1], [40, 50, 60, 0]), None, num_kv_heads=1, num_programs=64)
+    plan = plan_for([1, 0, 3, 1], [40, 50, 60, 0], 1, 64)
 
-    assert read_plan(plan, 4)[2] == [0, 4, 4, 4, 8]  # a request without keys is somebody's too
+    assert plan.requests.tolist() == [0, 3, 0, 0, 0]  # one without keys is somebody's too
+    assert plan.tokens.tolist() == [0, 4, 0, 0, 0]
+    assert plan.starts.tolist() == [0, 4, 8, 8, 8]
+    assert plan.num_done.tolist() == [0] * 4
 
 
 def test_plan_counts_no_keys_before_the_window() -> None:
-    plan = make_plan(step_of([1, 1], [1000, 20]), 160, num_kv_heads=1, num_programs=1)
+    assert plan_for([1, 1], [1000, 20], 1, 1, sliding_window=160).starts.tolist() == [0, 10, 12]
 
-    assert read_plan(plan, 2)[2] == [0, 10, 12]
+
+def test_a_share_is_never_too_small_to_be_worth_merging() -> None:
+    assert plan_for([1], [1000], 1, 500).share == 4
+    assert plan_for([1], [1000], 1, 500, tile=128).share == 1
 
 
 @pytest.mark.parametrize("num_programs", [1, 2, 5, 16])
@@ -108,7 +119,7 @@ def test_layers_share_a_plan_and_leave_it_ready_for_the_next() -> None:
 
     first = decode_attention_triton(*inputs, PLAIN, memo, num_programs=7)
     (plan,) = memo.entries.values()
-    assert not plan[2 + 3 :].any()  # counts of finished parts
+    assert not Plan.read(plan, 2).num_done.any()
     second = decode_attention_triton(*inputs, PLAIN, memo, num_programs=7)
     decode_attention_triton(*inputs, Options(0.2, 50, None), memo, num_programs=7)
 
