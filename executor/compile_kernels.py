@@ -1,54 +1,33 @@
 """Compile an engine's kernels ahead of its start: ``python -m executor.compile_kernels``.
 
-Reads an ``Order`` from standard input, writes one ``Progress`` a line to standard output, and ends
-with the cache complete. A starting worker runs it beside itself; ``heliograph compile-kernels``
-runs it where images are built. Several at once take turns, and find done what another did.
+A starting worker runs it beside itself; ``heliograph compile-kernels`` runs it where images are
+built, which needs no GPU. Several at once take turns, and find done what another did.
 """
 
 import fcntl
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 
+from executor.cuda_driver import DriverError, find_target
 from executor.kernel_cache import Target, cache_directory, is_compiled, list_path, write_list
+from ipc.compiling import Order, Progress
 from ipc.config import EngineConfig, decode_config
-from ipc.errors import EngineError, ExitCode
-from ipc.messages import Message
+from ipc.errors import ConfigError, EngineError, ExitCode
 from ipc.processes import die_with
 
 
-class Order(Message, frozen=True):
-    """What to compile, and for what."""
-
-    config: bytes  # the EngineConfig, msgpack
-    arch: int
-    num_multiprocessors: int
-    death_pipe: int | None = None  # its other end is the parent's: when that closes, we end
-    num_processes: int | None = None  # None: one for each core
-
-
-class Progress(Message, frozen=True):
-    """How far it has come."""
-
-    done: int
-    total: int
-
-
 def main() -> int:
-    """Compile; the exit code."""
+    """Compile what the order on standard input says; the exit code."""
     order = msgspec.json.decode(sys.stdin.buffer.read(), type=Order)
-    if order.death_pipe is not None:
-        die_with(order.death_pipe)
+    die_with(order.death_pipe)
     try:
-        compile_ahead(
-            decode_config(order.config),
-            Target(order.arch, order.num_multiprocessors),
-            order.num_processes,
-            on_progress=_tell,
-        )
+        target = _find_target() if order.target is None else Target.parse(order.target)
+        compile_ahead(decode_config(order.config), target, order.num_processes, on_progress=_tell)
     except EngineError as err:
         sys.stderr.write(f"{err}\n")
         return ExitCode.CONFIG
@@ -71,10 +50,11 @@ def compile_ahead(
     directory = cache_directory(os.environ)
     directory.mkdir(parents=True, exist_ok=True)
     path = list_path(config, target, directory)
-    with _turn(path):
+    with _turn(path.with_suffix(".lock")):
         if is_compiled(path):
             on_progress(1, 1)
             return
+        # Not before: most of the time of a process that finds everything done.
         from executor.device import usable_cores
         from executor.kernel_compiler import compile_all
         from executor.kernel_rehearsal import find_variants
@@ -88,18 +68,21 @@ def compile_ahead(
         write_list(path, entries)
 
 
-class _turn:
-    """Held by one process at a time; the kernel takes it back when that ends."""
+@contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """Held by one process at a time; when that ends, however it does, it is the next one's."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
-    def __init__(self, path: Path) -> None:
-        self._path = path.with_suffix(".lock")
 
-    def __enter__(self) -> None:
-        self._file = self._path.open("w")
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+def _find_target() -> Target:
+    try:
+        return find_target(0)
+    except (OSError, DriverError) as err:
+        raise ConfigError(
+            f"there is no GPU here to compile for, name one by --target: {err}"
+        ) from err
 
 
 def _tell(done: int, total: int) -> None:

@@ -1,7 +1,7 @@
 """The GPU's first half second, spent in a thread while torch is being imported.
 
 CUDA's driver is asked directly: it needs no torch to say what the GPU is, and the context that it
-makes is the one that torch will use. Whatever fails here fails again in torch, which says why.
+makes is the one that torch will use.
 """
 
 import ctypes
@@ -17,8 +17,35 @@ class DriverError(Exception):
     """A call of the driver failed."""
 
 
+def find_target(device: int) -> Target:
+    """What kind of GPU that is.
+
+    Raises:
+        OSError, DriverError: there is no driver, or no such GPU.
+    """
+    driver, handle = _open(device)
+
+    def attribute(number: int) -> int:
+        value = ctypes.c_int()
+        _check(driver.cuDeviceGetAttribute(ctypes.byref(value), number, handle))
+        return value.value
+
+    arch = 10 * attribute(_CAPABILITY_MAJOR) + attribute(_CAPABILITY_MINOR)
+    return Target(arch, attribute(_MULTIPROCESSOR_COUNT))
+
+
+def make_context(device: int) -> None:
+    """Make the GPU's primary context, and keep it.
+
+    Raises:
+        OSError, DriverError: there is no driver, or no such GPU.
+    """
+    driver, handle = _open(device)
+    _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(ctypes.c_void_p()), handle))
+
+
 class EarlyContext:
-    """Makes a GPU's primary context in a thread."""
+    """Makes a GPU's context in a thread. What fails here fails again in torch, which says why."""
 
     def __init__(self, device: int, on_target: Callable[[Target], None]) -> None:
         """``on_target`` is called in the thread, as soon as it is known what the GPU is."""
@@ -33,24 +60,18 @@ class EarlyContext:
 
     def _run(self) -> None:
         try:
-            driver = ctypes.CDLL("libcuda.so.1")
-            _check(driver.cuInit(0))
-            device = ctypes.c_int()
-            _check(driver.cuDeviceGet(ctypes.byref(device), self._device))
-            self._on_target(_target(driver, device))
-            _check(driver.cuDevicePrimaryCtxRetain(ctypes.byref(ctypes.c_void_p()), device))
+            self._on_target(find_target(self._device))
+            make_context(self._device)
         except (OSError, DriverError):
             pass
 
 
-def _target(driver: ctypes.CDLL, device: ctypes.c_int) -> Target:
-    def attribute(number: int) -> int:
-        value = ctypes.c_int()
-        _check(driver.cuDeviceGetAttribute(ctypes.byref(value), number, device))
-        return value.value
-
-    arch = 10 * attribute(_CAPABILITY_MAJOR) + attribute(_CAPABILITY_MINOR)
-    return Target(arch, attribute(_MULTIPROCESSOR_COUNT))
+def _open(device: int) -> tuple[ctypes.CDLL, ctypes.c_int]:
+    driver = ctypes.CDLL("libcuda.so.1")
+    _check(driver.cuInit(0))
+    handle = ctypes.c_int()
+    _check(driver.cuDeviceGet(ctypes.byref(handle), device))
+    return driver, handle
 
 
 def _check(result: int) -> None:

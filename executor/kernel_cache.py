@@ -10,17 +10,23 @@ will find everything compiled. Entries are found by absolute path: the directory
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Self
 
 from ipc.config import EngineConfig
+from ipc.errors import ConfigError
 
 _ROOT = Path(__file__).resolve().parent.parent
 _SOURCES = ("executor", "kernels")
-_COMPILERS = ("torch", "triton")
+
+
+# Multiprocessors of a whole GPU of each generation, in the form that servers have.
+_MULTIPROCESSORS = {80: 108, 89: 142, 90: 132, 100: 148, 120: 188}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +36,27 @@ class Target:
     arch: int  # compute capability, 90 for 9.0
     num_multiprocessors: int
 
+    def __str__(self) -> str:
+        return f"sm_{self.arch}:{self.num_multiprocessors}"
 
-# By the names that compilers use; the number of multiprocessors is that of the SXM modules.
-TARGETS = {"sm_80": Target(80, 108), "sm_90": Target(90, 132)}
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """From "sm_90:132", or "sm_90" for the usual number of multiprocessors.
+
+        Raises:
+            ConfigError: it is no such name, or the usual number is not known.
+        """
+        found = re.fullmatch(r"sm_(\d+)(?::(\d+))?", text)
+        if found is None:
+            raise ConfigError(f"--target must be like sm_90 or sm_90:132, got {text!r}")
+        arch, number = int(found[1]), found[2]
+        if number is None and arch not in _MULTIPROCESSORS:
+            known = ", ".join(f"sm_{known}" for known in _MULTIPROCESSORS)
+            raise ConfigError(
+                f"--target {text}: say how many multiprocessors it has, as in sm_90:132; "
+                f"the number is known of {known}"
+            )
+        return cls(arch, _MULTIPROCESSORS[arch] if number is None else int(number))
 
 
 def cache_directory(environment: Mapping[str, str]) -> Path:
@@ -50,11 +74,11 @@ def list_path(config: EngineConfig, target: Target, directory: Path) -> Path:
 def is_compiled(path: Path) -> bool:
     """Whether the list is there, and all that it names."""
     try:
-        entries = json.loads(path.read_text())["entries"]
+        entries = set(json.loads(path.read_text())["entries"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
     present = {entry.name for entry in os.scandir(path.parent)}
-    return present.issuperset(entries)
+    return entries <= present
 
 
 def write_list(path: Path, entries: Iterable[str]) -> None:
@@ -68,7 +92,7 @@ def _digest(config: EngineConfig, target: Target) -> str:
     model, scheduler = config.model_config, config.scheduler_config
     decisive = {
         "python": sys.version,
-        "versions": {name: metadata.version(name) for name in _COMPILERS},
+        "triton": metadata.version("triton"),
         "target": asdict(target),
         "hf_config": model.hf_config,
         "dtype": model.dtype,

@@ -73,7 +73,7 @@ def compile_all(
     work: list[Variant | Module] = [*reversed(ordered), *modules]
     with tempfile.TemporaryDirectory() as directory:
         _find_libcuda(Path(directory))
-        hash_compilers(target)
+        hash_compilers(target.arch)
         entries = []
         on_progress(0, len(work))
         for entry in _in_processes(work, target, num_processes):
@@ -172,14 +172,13 @@ def _find_libcuda(directory: Path) -> None:
     nvidia.library_dirs.cache_clear()
 
 
-def hash_compilers(target: Target) -> None:
+def hash_compilers(arch: int) -> None:
     """Have what every entry's name is made of; Triton reads half a gigabyte for it, once."""
     triton_key()
-    make_backend(GPUTarget("cuda", target.arch, 32)).hash()
+    make_backend(GPUTarget("cuda", arch, 32)).hash()
 
 
-def hash_compilers_aside(target: Target) -> None:
-    """The same in a thread: it is over before the first kernel is wanted."""
-    threading.Thread(
-        target=hash_compilers, args=(target,), daemon=True, name="hash-compilers"
-    ).start()
+def hash_compilers_aside(capability: tuple[int, int]) -> None:
+    """The same in a thread, for a GPU of this compute capability."""
+    arch = 10 * capability[0] + capability[1]
+    threading.Thread(target=hash_compilers, args=(arch,), daemon=True, name="compilers").start()

@@ -190,23 +190,27 @@ def _noting(found: list[Variant]) -> Iterator[None]:
     def never_launch(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         return run(self, *args, grid=grid, warmup=True, **kwargs)
 
-    def note(
-        self: Any,
-        key: Any,
-        signature: Any,
-        device: int,
-        constexprs: Any,
-        options: Any,
-        attrs: Any,
-        warmup: bool,
-    ) -> object:
-        variant = Variant(self, signature, constexprs, attrs, options)
-        found.append(variant)
-        self.device_caches[device][0][key] = variant  # the next such launch is not new
-        return variant
+    def compile_nothing(self: Any, *args: Any) -> object:
+        return note_variant(found, self, *args)
 
     with (
         patch.object(JITFunction, "run", never_launch),
-        patch.object(JITFunction, "_do_compile", note),
+        patch.object(JITFunction, "_do_compile", compile_nothing),
     ):
         yield
+
+
+def note_variant(
+    found: list[Variant],
+    function: Any,
+    key: Any,
+    signature: dict[str, Any],
+    device: int,
+    *rest: Any,  # constants, options, attributes, and whether it is for a launch
+) -> Variant:
+    """Keep what Triton is asked to compile; returns what takes the place of the kernel."""
+    constants, options, attributes, _ = rest
+    variant = Variant(function, signature, constants, attributes, options)
+    found.append(variant)
+    function.device_caches[device][0][key] = variant  # the next such launch is not new
+    return variant

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from executor.device import is_device_error
+from executor.early_start import EarlyStart
 from executor.executor import OnProgress
 from executor.failures import DEVICE_STAGE, dead_error, start_error, worker_error
 from executor.model_runner import PendingStep
@@ -51,7 +52,7 @@ class UniprocExecutor:
         """
         worker = self._make_worker(self._config, 0)
         try:
-            ready = worker.start(on_progress)
+            ready = worker.start(on_progress, early=EarlyStart(self._config, 0))
         except Exception as err:  # whatever a driver or a checkpoint makes of a start
             raise start_error(_describe(worker, err)) from err
         self._worker = worker

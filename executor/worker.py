@@ -24,8 +24,7 @@ from executor.device import (
     smallest,
 )
 from executor.early_start import EarlyStart
-from executor.kernel_build import KernelBuild, begin_build
-from executor.kernel_cache import Target
+from executor.kernel_build import KernelBuild
 from executor.kernel_compiler import hash_compilers_aside
 from executor.kv_cache import KVCache, bytes_per_block
 from executor.loader.loader import LoadedModel, load_model
@@ -163,7 +162,7 @@ class Worker:
 
         Args:
             rendezvous: path of a file where the ranks meet; needed beyond one worker.
-            early: what this process began before it imported torch.
+            early: what this process began beforehand; None: kernels are compiled as they are met.
 
         Raises:
             ConfigError: a value cannot work on this machine.
@@ -181,7 +180,7 @@ class Worker:
                 self._baseline_free = torch.cuda.mem_get_info()[0]
             world_size = config.parallel_config.world_size
             self._tp = join_group(self._rank, world_size, rendezvous, self._device)
-        kernels = _begin_kernels(config, self._device, early)
+        kernels = _begin_kernels(self._device, early)
         with phases.phase("loading weights"):
             self._loaded = self._load_weights()
         with phases.phase("memory"):
@@ -201,7 +200,7 @@ class Worker:
                 cache_bytes = self._make_runner()
         if self._graph_plan is not None:
             with phases.phase("recording graphs"):
-                self._record_graphs(is_first=True)
+                self._record_graphs(are_kernels_built=early is not None)
         if self.is_asynchronous:
             watch_compilations(lambda name: logger.warning("compiled while serving: %s", name))
         phases.stage = "step"
@@ -365,7 +364,7 @@ class Worker:
         run_first_steps(self._config, self._runner, is_gpu=self.is_asynchronous)
         return torch.cuda.max_memory_allocated() - before
 
-    def _record_graphs(self, *, is_first: bool) -> None:
+    def _record_graphs(self, *, are_kernels_built: bool) -> None:
         """Record what the first requests will need; the rest is for idle moments."""
         plan = self._graph_plan
         if plan is None or self._runner is None:
@@ -373,7 +372,7 @@ class Worker:
         graphs = self._runner.use_graphs(
             CudaRecorder(self._device, plan.temporaries_bytes), plan.sizes
         )
-        if is_first:
+        if not are_kernels_built:
             graphs.rehearse()
         graphs.record_first()
         while self._tp.size > 1 and graphs.record_next():
@@ -401,16 +400,12 @@ class Worker:
         else:
             move_weights(self._loaded.model, self._device)
         self._make_runner()
-        self._record_graphs(is_first=False)
+        self._record_graphs(are_kernels_built=True)
 
 
-def _begin_kernels(
-    config: EngineConfig, device: torch.device, early: EarlyStart | None
-) -> KernelBuild | None:
-    """The process that compiles what is not compiled yet, None when there is none."""
+def _begin_kernels(device: torch.device, early: EarlyStart | None) -> KernelBuild | None:
+    """Begin what the first launch needs; the compiling process, None when there is none."""
     if device.type != "cuda":
         return None
-    properties = torch.cuda.get_device_properties(device)
-    target = Target(10 * properties.major + properties.minor, properties.multi_processor_count)
-    hash_compilers_aside(target)
-    return begin_build(config, target) if early is None else early.kernels()
+    hash_compilers_aside(torch.cuda.get_device_capability(device))
+    return None if early is None else early.kernels()

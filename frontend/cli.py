@@ -1,4 +1,4 @@
-"""The command ``heliograph``: serve, complete, chat, run, keys, run-batch.
+"""The command ``heliograph``: serve, complete, chat, run, run-batch, compile-kernels, keys.
 
 Each command imports what it needs when it runs, so that ``--version`` and ``--help`` are instant.
 """
@@ -152,6 +152,13 @@ def run_batch(argv: Sequence[str]) -> int:
     return batch_main(argv)
 
 
+def compile_kernels(argv: Sequence[str]) -> int:
+    """Compile a model's kernels ahead of its start."""
+    from frontend.compile_kernels import main as compile_main
+
+    return compile_main(argv)
+
+
 Command = Callable[[Sequence[str]], int]
 COMMANDS: dict[str, tuple[Command, str]] = {
     "serve": (serve, "serve a model over HTTP"),
@@ -159,6 +166,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "chat": (chat, "talk to a model in the terminal"),
     "run": (run, "run a Python program written for vLLM"),
     "run-batch": (run_batch, "answer the requests of a JSONL file"),
+    "compile-kernels": (compile_kernels, "compile a model's kernels ahead of its start"),
     "keys": (keys, "make key pairs for engines on tcp:// addresses"),
 }
 
@@ -170,7 +178,7 @@ def _usage(words: Sequence[str]) -> int:
         print(f"heliograph: no command {words[0]!r}", file=out)
     print("usage: heliograph COMMAND ...   (heliograph COMMAND --help says more)", file=out)
     for name, (_, text) in COMMANDS.items():
-        print(f"  {name:<10} {text}", file=out)
+        print(f"  {name:<15} {text}", file=out)
     return 0 if is_asked else 2
 
 

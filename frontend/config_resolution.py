@@ -39,14 +39,17 @@ _MAX_BLOCKS = 2**31 - 1  # block ids are 32-bit integers
 _LARGEST_MSGPACK_INT = 2**64
 
 
-def resolve_engine_config(config: EngineConfig) -> EngineConfig:
+def resolve_engine_config(config: EngineConfig, *, is_here: bool = True) -> EngineConfig:
     """Check and complete a config, however it was made. Reads files, starts nothing.
+
+    Args:
+        is_here: whether the engine is to run on this machine; else its device is not looked for.
 
     Raises:
         ConfigError: a value cannot work; the message names the flag.
     """
     check_features(config)
-    device_config = resolve_device(config.device_config)
+    device_config = resolve_device(config.device_config, is_here=is_here)
     model_config = resolve_model_config(config.model_config, config.load_config, device_config)
     return replace(
         config,
@@ -57,9 +60,9 @@ def resolve_engine_config(config: EngineConfig) -> EngineConfig:
     )
 
 
-def resolve_device(config: DeviceConfig) -> DeviceConfig:
-    """Choose the device."""
-    device = choose_device(config.device)
+def resolve_device(config: DeviceConfig, *, is_here: bool = True) -> DeviceConfig:
+    """Choose the device; one elsewhere is what it is said to be."""
+    device = choose_device(config.device, None if is_here else lambda: None)
     if config.device == "auto":
         logger.info("--device auto: using %s", device)
     return replace(config, device=device)
