@@ -6,9 +6,10 @@ states for some numbers of tokens, and from there to the ids for some numbers of
 part serves larger steps too. A step takes the smallest size that holds it; the places that are left
 belong to nobody. Larger steps, and contexts beyond what was asked to be captured, run eagerly.
 
-Every size is rehearsed once at the start, which compiles all that it launches. The smallest decode
-sizes are recorded then as well; the others in idle moments, or when needed: decode sizes at once,
-as the next step will be of the same size, mixed ones the second time. Recording compiles nothing.
+Every size is rehearsed before it is recorded, which loads all that it launches. At the start that
+is done for the smallest decode sizes; for the others in idle moments, or when needed: for decode
+sizes at once, as the next step will be of the same size, for mixed ones the second time. Where
+kernels were not compiled beforehand all sizes are rehearsed at the start: nobody shall wait for it.
 
 What must not move, because recordings hold its address: weights, cache, rows, ``StepBuffers``.
 Temporaries of all recordings share one piece of memory, so what a replay leaves there (logits,
@@ -215,6 +216,7 @@ class DecodeGraph:
         self.size = size
         self.views = buffers.decode_views(size)
         self.recording: Recording | None = None
+        self.is_rehearsed = False
         self._parts = parts
         self._buffers = buffers
         self._max_seq_len = max_seq_len
@@ -243,6 +245,7 @@ class MixedGraph:
         self.size = size
         self.views = buffers.mixed_views(sizes.max_requests, size)
         self.recording: Recording | None = None
+        self.is_rehearsed = False
         self.num_missed = 0  # steps that would have taken it
         self._parts = parts
         self._buffers = buffers
@@ -272,6 +275,7 @@ class DrawGraph:
         self.size = size
         self.views, self._indices = buffers.draw_views(size)
         self.recording: Recording | None = None
+        self.is_rehearsed = False
         self._parts = parts
         self._buffers = buffers
         self._hidden = hidden[:size]
@@ -455,6 +459,7 @@ class StepGraphs:
         assert self._recorder is not None, "the graphs were closed"
         graph.bring(self._buffers.nobody(), self._staging)
         out = self._recorder.rehearse(graph.run)
+        graph.is_rehearsed = True
         if self._parts.states.device.type == "cuda":
             torch.cuda.synchronize()  # the staging is used again at once
         return out
@@ -463,6 +468,8 @@ class StepGraphs:
     def _record(self, graph: AnyGraph) -> None:
         assert self._recorder is not None, "the graphs were closed"
         start_s = time.perf_counter()
+        if not graph.is_rehearsed:
+            self._rehearse(graph)
         graph.recording = self._recorder.record(graph.run)
         kind, seconds = type(graph).__name__, time.perf_counter() - start_s
         logger.debug("%s of %d recorded in %.1f ms", kind, graph.size, 1e3 * seconds)

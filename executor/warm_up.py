@@ -60,17 +60,19 @@ def warm_up(
 
 
 def watch_compilations(tell: Callable[[str], None]) -> None:
-    """From now on have ``tell`` called with the name of each kernel variant that is compiled.
+    """From now on have ``tell`` called with the name of each kernel that Triton compiles.
 
-    Loading one from Triton's disk cache counts as well.
+    One that is found in its disk cache does not count.
     """
-    former = knobs.runtime.jit_post_compile_hook
+    former = knobs.compilation.listener
 
-    def hook(**compiled: Any) -> bool | None:
-        tell(compiled["repr"])
-        return None if former is None else former(**compiled)
+    def listener(**compiled: Any) -> None:
+        if not compiled["cache_hit"]:
+            tell(compiled["src"].name)
+        if former is not None:
+            former(**compiled)
 
-    knobs.runtime.jit_post_compile_hook = hook
+    knobs.compilation.listener = listener
 
 
 def _prompts(

@@ -129,7 +129,7 @@ def test_sizes_are_recorded_when_needed_and_those_of_prompts_when_needed_again()
     assert rig.recorder.num_recorded == 6, "unless it comes again"
     while graphs.record_next():
         pass
-    assert rig.recorder.num_recorded == num_sizes
+    assert (rig.recorder.num_rehearsed, rig.recorder.num_recorded) == (num_sizes, num_sizes)
 
     again = Rig(graphs=SIZES)
     again.prefill([1, 2], [3, 4], [5])
@@ -139,13 +139,13 @@ def test_sizes_are_recorded_when_needed_and_those_of_prompts_when_needed_again()
     assert again.recorder.num_recorded == 2
 
 
-def test_graphs_made_anew_need_no_rehearsal() -> None:
+def test_a_size_is_rehearsed_when_it_is_recorded_unless_all_were_before() -> None:
     rig = Rig(graphs=SIZES)
     assert rig.runner.graphs is not None
 
     rig.runner.graphs.record_first()
 
-    assert (rig.recorder.num_rehearsed, rig.recorder.num_recorded) == (1, 5)
+    assert (rig.recorder.num_rehearsed, rig.recorder.num_recorded) == (6, 5)
     assert rig.prefill([1, 2]).sampled_token_ids == [next_token([1, 2])]
 
 

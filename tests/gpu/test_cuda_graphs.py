@@ -11,7 +11,6 @@ import pytest
 import torch
 from triton import knobs
 
-from executor.warm_up import watch_compilations
 from executor.worker import Worker
 from frontend import LLMEngine, SamplingParams
 from ipc.config import DeviceConfig, EngineConfig, ModelConfig, SchedulerConfig
@@ -70,14 +69,17 @@ def make_worker(path: Path = TINY, *, record_all: bool = True, **changes: Any) -
 
 @contextmanager
 def compilations() -> Iterator[list[str]]:
-    """The kernels that are compiled inside."""
+    """The kernels that are compiled inside, or would be, were they not on the disk already."""
     names: list[str] = []
-    former = knobs.runtime.jit_post_compile_hook
-    watch_compilations(names.append)
+
+    def hook(**compiled: Any) -> None:
+        names.append(compiled["repr"])
+
+    knobs.runtime.jit_post_compile_hook = hook
     try:
         yield names
     finally:
-        knobs.runtime.jit_post_compile_hook = former
+        knobs.runtime.jit_post_compile_hook = None
 
 
 @pytest.fixture(scope="module")
