@@ -27,6 +27,8 @@ _WISHES = [
     RowParams(seed=0, temperature=0.0, num_logprobs=2),
 ]
 
+_LONG_PROMPT = 4400  # tokens: half of it is enough for any way of attending to long prompts
+
 
 def warm_up(
     runner: ModelRunner,
@@ -50,6 +52,8 @@ def warm_up(
         lengths.append(num_tokens % per_row)
     params = [_GREEDY if row % 2 else _RANDOM for row in range(len(lengths))]
     plans = list(_prompts(lengths, params, block_size, max_model_len))
+    if is_thorough:
+        plans += _continued(min(per_row, 2 * num_tokens, _LONG_PROMPT), block_size)
     for plan in plans:
         runner.execute(plan).resolve()
     if is_thorough:
@@ -89,6 +93,14 @@ def _prompts(
         yield SchedulerOutput(step_id=0, rows=rows, num_new_tokens=[])
         yield SchedulerOutput(step_id=0, rows=rows[-1:], num_new_tokens=[])
     yield SchedulerOutput(step_id=0, rows=[], num_new_tokens=[], freed_rows=rows)
+
+
+def _continued(length: int, block_size: int) -> Iterator[SchedulerOutput]:
+    """The second half of a prompt, behind a first half that was computed before."""
+    new_row = _row(0, length, length // 2, block_size, _GREEDY)
+    num_new_tokens = [length - length // 2]
+    yield SchedulerOutput(step_id=0, rows=[0], num_new_tokens=num_new_tokens, new_rows=[new_row])
+    yield SchedulerOutput(step_id=0, rows=[], num_new_tokens=[], freed_rows=[0])
 
 
 def _draw(runner: ModelRunner, wishes: RowParams, num_rows: int, block_size: int) -> None:
