@@ -177,11 +177,8 @@ def sample_triton(logits: Tensor, rows: Rows, any_filter: bool) -> Sampled:
 
 
 def _depth(B: int, V: int) -> int:
-    """How many tokens a lane looks at: as few as leave enough programs to fill the device."""
-    depth = 2
-    while depth < 16 and 256 * depth * _LANES < B * V:
-        depth *= 2
-    return depth
+    """How many tokens a lane looks at: few where programs would be too few to fill the device."""
+    return 4 if B * V <= 1 << 21 else 16
 
 
 @triton.jit(do_not_specialize_on_alignment=_COLUMNS)

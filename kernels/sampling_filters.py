@@ -20,16 +20,16 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import dependent_launch
-from kernels.gumbel import noise_bits, noise_keys, noise_of
+from kernels.sampling_among import draw_of_few, draw_of_many
 from kernels.sampling_cpu import Rows
-from kernels.sampling_threshold import LARGEST, key_of, row_threshold
+from kernels.sampling_threshold import LARGEST, row_threshold
 
 _LANES = 512  # groups of a chunk
 _MAX_GROUPS = 8192
 _MAX_RANK = 2048  # tokens that are looked for among the groups' maxima
 _FEW = 512  # tokens that are compared each with each
 _MAX_FOUND = 4096  # tokens that are settled in registers
-_COLLECT_CHUNK = 4096
+_DEPTH = 16  # tokens of a lane that are collected at once
 # Columns of a table, which lie anywhere: their alignment must not make another variant.
 _COLUMNS = ["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr"]
 
@@ -99,7 +99,7 @@ def apply_filters_triton(logits: Tensor, rows: Rows, token_ids: Tensor, is_bad: 
         enable_fp_fusion=False,
         **options,
     )
-    _collect_kernel[(B, triton.cdiv(V, _COLLECT_CHUNK))](
+    _collect_kernel[(B, triton.cdiv(V, _LANES * _DEPTH))](
         logits,
         *filters,
         scratch.floors,
@@ -107,8 +107,9 @@ def apply_filters_triton(logits: Tensor, rows: Rows, token_ids: Tensor, is_bad: 
         scratch.found,
         scratch.found_ids,
         V,
+        LANES=_LANES,
+        DEPTH=_DEPTH,
         MAX_FOUND=_MAX_FOUND,
-        CHUNK=_COLLECT_CHUNK,
         num_warps=4,
         **options,
     )
@@ -248,7 +249,7 @@ def _value_reached_by(values, amounts, wanted):  # type: ignore[no-untyped-def]
     amount = tl.sum(tl.where(values >= low, amounts, 0.0), axis=0)
     is_enough = amount >= wanted
     steps = 0
-    while (amount > wanted) & (steps < 14):
+    while (amount > wanted) & (steps < 10):
         middle = low + (high - low) * 0.5
         above = tl.sum(tl.where(values >= middle, amounts, 0.0), axis=0)
         is_low = above >= wanted
@@ -260,15 +261,12 @@ def _value_reached_by(values, amounts, wanted):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _row_mass(chunk_maxima_ptr, chunk_sums_ptr, NUM_CHUNKS: tl.constexpr, BLOCK_C: tl.constexpr):  # type: ignore[no-untyped-def]
+def _row_mass(chunk_maxima, chunk_sums):  # type: ignore[no-untyped-def]
     """A row's largest x, NaN if there is one or no token, and the sum of exp(x - largest)."""
-    c = tl.arange(0, BLOCK_C)
-    peaks = tl.load(chunk_maxima_ptr + c, c < NUM_CHUNKS, other=float("-inf"))
-    sums = tl.load(chunk_sums_ptr + c, c < NUM_CHUNKS, other=0.0)
-    num_nan = tl.sum((sums != sums).to(tl.int32), axis=0)
-    largest = tl.max(peaks, axis=0)
-    factors = tl.exp(tl.minimum(peaks, LARGEST) - tl.minimum(largest, LARGEST))
-    mass = tl.sum(sums.to(tl.float64) * factors, axis=0)
+    num_nan = tl.sum((chunk_sums != chunk_sums).to(tl.int32), axis=0)
+    largest = tl.max(chunk_maxima, axis=0)
+    factors = tl.exp(tl.minimum(chunk_maxima, LARGEST) - tl.minimum(largest, LARGEST))
+    mass = tl.sum(chunk_sums.to(tl.float64) * factors, axis=0)
     is_bad = (num_nan > 0) | (largest == float("-inf"))
     return tl.where(is_bad, float("nan"), largest), mass
 
@@ -305,14 +303,13 @@ def _rank_kernel(  # type: ignore[no-untyped-def]
     is_filtered, by_count, by_mass, top_k, top_p, min_p, _ = _filters_of(
         row, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, V
     )
+    c = tl.arange(0, BLOCK_C)
+    at = row * NUM_CHUNKS + c
+    chunk_maxima = tl.load(chunk_maxima_ptr + at, c < NUM_CHUNKS, other=float("-inf"))
+    chunk_sums = tl.load(chunk_sums_ptr + at, c < NUM_CHUNKS, other=0.0)
     floor = float("-inf")
     if is_filtered:
-        largest, mass = _row_mass(
-            chunk_maxima_ptr + row * NUM_CHUNKS,
-            chunk_sums_ptr + row * NUM_CHUNKS,
-            NUM_CHUNKS,
-            BLOCK_C,
-        )
+        largest, mass = _row_mass(chunk_maxima, chunk_sums)
         tl.store(largest_ptr + row, largest)
         tl.store(mass_ptr + row, mass)
         tl.store(counts_ptr + row, 0)
@@ -356,8 +353,9 @@ def _collect_kernel(  # type: ignore[no-untyped-def]
     found_ptr,
     found_ids_ptr,
     V,
+    LANES: tl.constexpr,
+    DEPTH: tl.constexpr,
     MAX_FOUND: tl.constexpr,
-    CHUNK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """List the tokens that reach the floor, in any order, as far as there is room; count all."""
@@ -365,130 +363,31 @@ def _collect_kernel(  # type: ignore[no-untyped-def]
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
+    floor = tl.load(floors_ptr + row)
     _, by_count, by_mass, _, _, _, scale = _filters_of(
         row, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, V
     )
-    floor = tl.load(floors_ptr + row)
     if (by_count | by_mass) & (floor < float("inf")):
-        token_ids = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
-        x = tl.load(logits_ptr + row * V + token_ids, token_ids < V, other=float("-inf")) * scale
-        is_found = (x >= floor) & (x > float("-inf"))
-        # Few tokens are found, so it does not matter that they take their places one by one.
-        count_ptrs = counts_ptr + row + tl.zeros((CHUNK,), tl.int32)
-        place = tl.atomic_add(count_ptrs, 1, is_found, sem="relaxed")
-        has_room = is_found & (place < MAX_FOUND)
-        tl.store(found_ptr + row * MAX_FOUND + place, x, has_room)
-        tl.store(found_ids_ptr + row * MAX_FOUND + place, token_ids, has_room)
-
-
-@triton.jit
-def _kth_key(keys, k, low, high):  # type: ignore[no-untyped-def]
-    """The k-th largest of ``keys``, which lies within [low, high]; these are int64."""
-    while low < high:
-        middle = low + ((high - low + 1) >> 1)
-        is_low = tl.sum((keys >= middle.to(tl.int32)).to(tl.int32), axis=0) >= k
-        low = tl.where(is_low, middle, low)
-        high = tl.where(is_low, high, middle - 1)
-    return low
-
-
-@triton.jit
-def _mass_key(keys, weights, wanted, low, high):  # type: ignore[no-untyped-def]
-    """The smallest key whose larger ones weigh less than ``wanted``, within [low, high]."""
-    while low < high:
-        middle = low + ((high - low) >> 1)
-        larger = tl.sum(tl.where(keys > middle.to(tl.int32), weights, 0.0), axis=0)
-        is_kept = larger < wanted
-        high = tl.where(is_kept, middle, high)
-        low = tl.where(is_kept, low, middle + 1)
-    return low
-
-
-@triton.jit
-def _draw_kept(x, is_kept, token_id_ptrs, seed_ptr, position_ptr):  # type: ignore[no-untyped-def]
-    """The draw among tokens in any order."""
-    token_ids = tl.load(token_id_ptrs, is_kept, other=0x7FFFFFFF)
-    key_a, key_b = noise_keys(tl.load(seed_ptr), tl.load(position_ptr))
-    noisy = x + noise_of(noise_bits(key_a, key_b, token_ids))
-    noisy = tl.where(is_kept, noisy, float("-inf"))
-    winners = tl.where(noisy == tl.max(noisy, axis=0), token_ids, 0x7FFFFFFF)
-    return tl.min(winners, axis=0)
-
-
-@triton.jit
-def _draw_of_few(  # type: ignore[no-untyped-def]
-    found_ptr,
-    found_ids_ptr,
-    num_found,
-    seed_ptr,
-    position_ptr,
-    largest,
-    mass,
-    by_count,
-    by_mass,
-    needs_mass,
-    top_k,
-    top_p,
-    FEW: tl.constexpr,
-):
-    """The draw, and whether there were enough tokens to know; each is compared with each."""
-    i = tl.arange(0, FEW)
-    x = tl.load(found_ptr + i, i < num_found, other=float("-inf"))
-    num_larger = tl.zeros((FEW,), tl.int32)
-    mass_larger = tl.zeros((FEW,), tl.float64)
-    for start in range(0, num_found, 16):
-        j = start + tl.arange(0, 16)
-        other = tl.load(found_ptr + j, j < num_found, other=float("-inf"))
-        weights = tl.exp(other - largest).to(tl.float64)
-        is_larger = other[None, :] > x[:, None]
-        num_larger += tl.sum(is_larger.to(tl.int32), axis=1)
-        mass_larger += tl.sum(tl.where(is_larger, weights[None, :], 0.0), axis=1)
-    is_kept = i < num_found
-    if by_count:
-        is_kept = is_kept & (num_larger < top_k)
-    weights = tl.where(is_kept, tl.exp(x - largest), 0.0).to(tl.float64)
-    found_mass = tl.sum(weights, axis=0)
-    if not needs_mass:
-        mass = found_mass
-    if by_mass:
-        is_kept = is_kept & ((mass_larger < top_p * mass) | (num_larger == 0))
-    token_id = _draw_kept(x, is_kept, found_ids_ptr + i, seed_ptr, position_ptr)
-    return token_id, (not needs_mass) | (found_mass >= top_p * mass)
-
-
-@triton.jit
-def _draw_of_many(  # type: ignore[no-untyped-def]
-    found_ptr,
-    found_ids_ptr,
-    num_found,
-    seed_ptr,
-    position_ptr,
-    largest,
-    mass,
-    by_count,
-    by_mass,
-    needs_mass,
-    top_k,
-    top_p,
-    MAX_FOUND: tl.constexpr,
-):
-    """The same, by bisection on the bits of the threshold."""
-    i = tl.arange(0, MAX_FOUND)
-    x = tl.load(found_ptr + i, i < num_found, other=float("-inf"))
-    keys = key_of(x)
-    low = tl.min(tl.where(i < num_found, keys, 0x7FFFFFFF), axis=0).to(tl.int64)
-    high = tl.max(keys, axis=0).to(tl.int64)
-    if by_count & (top_k < num_found):
-        low = _kth_key(keys, top_k, low, high)
-    weights = tl.where(keys >= low.to(tl.int32), tl.exp(x - largest), 0.0).to(tl.float64)
-    found_mass = tl.sum(weights, axis=0)
-    if not needs_mass:
-        mass = found_mass
-    is_enough = (not needs_mass) | (found_mass >= top_p * mass)
-    if by_mass & is_enough:
-        low = _mass_key(keys, weights, top_p * mass, low, high)
-    is_kept = (i < num_found) & (keys >= low.to(tl.int32))
-    return _draw_kept(x, is_kept, found_ids_ptr + i, seed_ptr, position_ptr), is_enough
+        floor = tl.maximum(floor, -LARGEST)  # a banned token is never found
+        row_ptr = logits_ptr + row * V
+        lanes = tl.program_id(1) * LANES * DEPTH + tl.arange(0, LANES)
+        counts = tl.zeros((LANES,), tl.int32)
+        for i in tl.static_range(DEPTH):
+            token_ids = lanes + i * LANES
+            x = tl.load(row_ptr + token_ids, token_ids < V, other=float("-inf")) * scale
+            counts += (x >= floor).to(tl.int32)
+        num_found = tl.sum(counts, axis=0)
+        if num_found > 0:
+            first = tl.atomic_add(counts_ptr + row, num_found, sem="relaxed")
+            place = row * MAX_FOUND + first + tl.cumsum(counts, axis=0) - counts
+            end = (row + 1) * MAX_FOUND
+            for i in tl.static_range(DEPTH):
+                token_ids = lanes + i * LANES
+                x = tl.load(row_ptr + token_ids, token_ids < V, other=float("-inf")) * scale
+                is_found = x >= floor
+                tl.store(found_ptr + place, x, is_found & (place < end))
+                tl.store(found_ids_ptr + place, token_ids, is_found & (place < end))
+                place += is_found.to(tl.int32)
 
 
 @triton.jit(do_not_specialize_on_alignment=[*_COLUMNS, "seeds_ptr", "positions_ptr"])
@@ -519,73 +418,75 @@ def _settle_kernel(  # type: ignore[no-untyped-def]
     if PDL:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
-    is_filtered, by_count, by_mass, top_k, top_p, min_p, scale = _filters_of(
+    _, by_count, by_mass, top_k, top_p, min_p, scale = _filters_of(
         row, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, V
     )
-    if is_filtered:
-        largest = tl.load(largest_ptr + row)
-        if (largest == largest) & (by_count | by_mass):
-            mass = tl.load(mass_ptr + row)
-            shift = tl.minimum(largest, LARGEST)
-            least = float("-inf")
-            if min_p > 0.0:
-                least = largest + tl.log(min_p)
-            num_found = tl.load(counts_ptr + row)
-            found_ptr += row * MAX_FOUND
-            found_ids_ptr += row * MAX_FOUND
-            # Everything that min-p keeps was looked for, so nothing below can matter.
-            is_whole = tl.load(floors_ptr + row) <= least
-            needs_mass = by_mass & (not by_count) & (not is_whole)
-            is_enough = (is_whole | needs_mass | (num_found >= top_k)) & (num_found <= MAX_FOUND)
-            token_id = tl.full((), 0, tl.int32)
-            if is_enough & (num_found <= FEW):
-                token_id, is_enough = _draw_of_few(
-                    found_ptr,
-                    found_ids_ptr,
-                    num_found,
-                    seeds_ptr + row,
-                    positions_ptr + row,
-                    shift,
-                    mass,
-                    by_count,
-                    by_mass,
-                    needs_mass,
-                    top_k,
-                    top_p,
-                    FEW,
-                )
-            elif is_enough:
-                token_id, is_enough = _draw_of_many(
-                    found_ptr,
-                    found_ids_ptr,
-                    num_found,
-                    seeds_ptr + row,
-                    positions_ptr + row,
-                    shift,
-                    mass,
-                    by_count,
-                    by_mass,
-                    needs_mass,
-                    top_k,
-                    top_p,
-                    MAX_FOUND,
-                )
-            floor = float("inf")
-            if is_enough:
-                tl.store(token_ids_ptr + row, token_id.to(tl.int64))
-                tl.store(is_bad_ptr + row, 0)
-            else:
-                floor = row_threshold(
-                    logits_ptr + row * V,
-                    V,
-                    scale,
-                    least,
-                    largest,
-                    mass,
-                    by_count,
-                    by_mass,
-                    top_k,
-                    top_p,
-                    BLOCK_V,
-                )
-            tl.store(floors_ptr + row, floor)
+    largest = tl.load(largest_ptr + row)
+    mass = tl.load(mass_ptr + row)
+    num_found = tl.load(counts_ptr + row)
+    floor = tl.load(floors_ptr + row)
+    seed = tl.load(seeds_ptr + row)
+    position = tl.load(positions_ptr + row)
+    if (largest == largest) & (by_count | by_mass):
+        shift = tl.minimum(largest, LARGEST)
+        least = float("-inf")
+        if min_p > 0.0:
+            least = largest + tl.log(min_p)
+        found_ptr += row * MAX_FOUND
+        found_ids_ptr += row * MAX_FOUND
+        # Everything that min-p keeps was looked for, so nothing below can matter.
+        is_whole = floor <= least
+        needs_mass = by_mass & (not by_count) & (not is_whole)
+        is_enough = (is_whole | needs_mass | (num_found >= top_k)) & (num_found <= MAX_FOUND)
+        token_id = tl.full((), 0, tl.int32)
+        if is_enough & (num_found <= FEW):
+            token_id, is_enough = draw_of_few(
+                found_ptr,
+                found_ids_ptr,
+                num_found,
+                seed,
+                position,
+                shift,
+                mass,
+                by_count,
+                by_mass,
+                needs_mass,
+                top_k,
+                top_p,
+                FEW,
+            )
+        elif is_enough:
+            token_id, is_enough = draw_of_many(
+                found_ptr,
+                found_ids_ptr,
+                num_found,
+                seed,
+                position,
+                shift,
+                mass,
+                by_count,
+                by_mass,
+                needs_mass,
+                top_k,
+                top_p,
+                MAX_FOUND,
+            )
+        floor = float("inf")
+        if is_enough:
+            tl.store(token_ids_ptr + row, token_id.to(tl.int64))
+            tl.store(is_bad_ptr + row, 0)
+        else:
+            floor = row_threshold(
+                logits_ptr + row * V,
+                V,
+                scale,
+                least,
+                largest,
+                mass,
+                by_count,
+                by_mass,
+                top_k,
+                top_p,
+                BLOCK_V,
+            )
+        tl.store(floors_ptr + row, floor)
