@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=int, nargs="+", default=[32])
     add("--input-len", type=int, default=128)
     add("--steps", type=int, default=64, help="to time without the profiler")
-    add("--traced-steps", type=int, default=24, help="to record")
+    add("--traced-steps", type=int, default=32, help="to record")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"])
     add("--output", type=Path, default=DEFAULT_OUTPUT, help="file that JSON lines are appended to")
     add("--traces", type=Path, help="keep the traces in this directory")

@@ -28,6 +28,7 @@ GROUPS = {
 }
 _PATTERNS = {group: re.compile(pattern, re.IGNORECASE) for group, pattern in GROUPS.items()}
 _STEP_SLACK = 3  # steps that may have been in flight when recording began or ended
+_EDGE_STEPS = 3  # at either end of a recording, where control operations hold up the core
 
 
 class _Event(msgspec.Struct):
@@ -95,33 +96,41 @@ def _outermost(events: Iterable[_Event]) -> list[_Event]:
 
 
 def break_down(spans: Sequence[Span], expected_steps: int) -> Breakdown:
-    """Sum up a trace of equal steps.
+    """Sum up a trace of equal steps, leaving out those that starting and stopping disturbed.
 
     Args:
         spans: not empty, in order of their start.
         expected_steps: how many there were, give or take those in flight at the ends.
     """
-    num_steps = _count_steps(spans, expected_steps)
-    gaps: Counter[str] = Counter()
-    num_gaps: Counter[str] = Counter()
-    end_us = spans[0].start_us
-    for span in spans:
-        if span.start_us > end_us:
-            kind = _gap_kind(span.start_us - end_us)
-            gaps[kind] += span.start_us - end_us  # type: ignore[assignment]
-            num_gaps[kind] += 1
-        end_us = max(end_us, span.end_us)
-    whole_us = end_us - spans[0].start_us
-    busy_us = whole_us - sum(gaps.values())
+    marks = _step_marks(spans, expected_steps)
+    edge = min(_EDGE_STEPS, (len(marks) - 2) // 2)
+    start_us, stop_us = marks[edge], marks[-1 - edge]
+    num_steps = expected_steps if len(marks) == 2 else len(marks) - 1 - 2 * edge
+    inside = [span for span in spans if start_us <= span.start_us < stop_us]
+    gaps = _gaps(inside, stop_us)
+    idle_us = sum(us for _, us in gaps)
+    kinds = dict.fromkeys(sorted(kind for kind, _ in gaps))
+    by_kind = {kind: [us for each, us in gaps if each == kind] for kind in kinds}
     return Breakdown(
         num_steps=num_steps,
-        step_us=whole_us / num_steps,
-        busy_us=busy_us / num_steps,
-        idle_share=1 - busy_us / whole_us,
-        gaps=[Share(k, num_gaps[k] / num_steps, gaps[k] / num_steps) for k in sorted(gaps)],
-        groups=_shares(((group_of(span.name), span) for span in spans), num_steps),
-        kernels=_shares(((span.name, span) for span in spans), num_steps),
+        step_us=(stop_us - start_us) / num_steps,
+        busy_us=(stop_us - start_us - idle_us) / num_steps,
+        idle_share=idle_us / (stop_us - start_us),
+        gaps=[Share(k, len(v) / num_steps, sum(v) / num_steps) for k, v in by_kind.items()],
+        groups=_shares(((group_of(span.name), span) for span in inside), num_steps),
+        kernels=_shares(((span.name, span) for span in inside), num_steps),
     )
+
+
+def _gaps(spans: Sequence[Span], stop_us: float) -> list[tuple[str, float]]:
+    """Kind and length of every stretch without work, to ``stop_us``."""
+    gaps = []
+    end_us = spans[0].start_us
+    for start_us, next_end_us in [*((s.start_us, s.end_us) for s in spans), (stop_us, stop_us)]:
+        if start_us > end_us:
+            gaps.append((_gap_kind(start_us - end_us), start_us - end_us))
+        end_us = max(end_us, next_end_us)
+    return gaps
 
 
 def group_of(kernel: str) -> str:
@@ -129,11 +138,20 @@ def group_of(kernel: str) -> str:
     return next((g for g, pattern in _PATTERNS.items() if pattern.search(kernel)), "other")
 
 
-def _count_steps(spans: Sequence[Span], expected: int) -> int:
-    """Kernels that run once a step tell how many steps were recorded, to the step."""
-    counts = Counter(Counter(span.name for span in spans).values())
-    near = {n: num for n, num in counts.items() if abs(n - expected) <= _STEP_SLACK and n}
-    return max(near, key=lambda n: (near[n], -abs(n - expected))) if near else expected
+def _step_marks(spans: Sequence[Span], expected: int) -> list[float]:
+    """When each step began, by a kernel that runs once a step; else the trace's two ends.
+
+    Kernels that ran about as often as there were steps tell how often that was.
+    """
+    counts = Counter(span.name for span in spans)
+    near = Counter(n for n in counts.values() if abs(n - expected) <= _STEP_SLACK)
+    if near:
+        num_steps = max(near, key=lambda n: (near[n], -abs(n - expected)))
+        name = next(span.name for span in spans if counts[span.name] == num_steps)
+        marks = [span.start_us for span in spans if span.name == name]
+        if len(marks) > 2:
+            return marks
+    return [spans[0].start_us, max(span.end_us for span in spans)]
 
 
 def _gap_kind(us: float) -> str:

@@ -72,12 +72,12 @@ def test_every_workload_runs_on_the_cpu_and_leaves_its_line(tmp_path: Path) -> N
 def test_a_profile_tells_where_a_steps_time_goes(tmp_path: Path) -> None:
     output = tmp_path / "profile.jsonl"
     arguments = ["--device", "cpu", "--model", "tiny", "--batch", "2", "--input-len", "8"]
-    sizes = ["--steps", "8", "--traced-steps", "6"]
+    sizes = ["--steps", "8", "--traced-steps", "12"]
     text = bench("profile", *arguments, *sizes, "--output", str(output))
     (row,) = read_rows(output)
     assert row["measure"] == "profile.b2"
     assert row["gpu_busy_ms"] > 0
-    assert 4 <= row["traced_steps"] <= 12
+    assert 1 <= row["traced_steps"] <= 14
     positive(row["cpu_us"], "frontend", "core", "worker")
     assert {"matmul", "attention", "norm"} <= row["groups_us"].keys()
     assert "idle share" in text

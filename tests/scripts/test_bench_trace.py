@@ -59,10 +59,10 @@ def test_without_a_gpu_the_outermost_operators_stand_for_kernels(tmp_path: Path)
 
 def test_idle_time_is_what_no_kernel_covers() -> None:
     found = break_down(steps(10), expected_steps=10)
-    whole_us = 10 * 100 - 20
-    assert found.idle_share == pytest.approx((10 * 30 + 9 * 20) / whole_us)
+    assert found.step_us == pytest.approx(100)
     assert found.busy_us == pytest.approx(50)
-    assert [(gap.name[0], gap.count) for gap in found.gaps] == [("c", 1.9)]
+    assert found.idle_share == pytest.approx(0.5)
+    assert [(gap.name[0], gap.count, gap.us) for gap in found.gaps] == [("c", 2.0, 50.0)]
 
 
 def test_time_is_shared_out_by_group_largest_first() -> None:
@@ -73,9 +73,15 @@ def test_time_is_shared_out_by_group_largest_first() -> None:
     ]
 
 
-def test_kernels_that_run_once_a_step_correct_the_number_of_steps() -> None:
-    assert break_down(steps(10), expected_steps=12).num_steps == 10
-    assert break_down(steps(10), expected_steps=40).num_steps == 40  # nothing ran about as often
+def test_what_the_ends_of_a_recording_disturb_is_left_out() -> None:
+    late = [Span(s.name, s.start_us + 5000, s.end_us + 5000) for s in steps(10)[6:]]
+    assert break_down([*steps(10)[:6], *late], expected_steps=10).idle_share == pytest.approx(0.5)
+
+
+def test_kernels_that_run_once_a_step_tell_how_many_there_were() -> None:
+    assert break_down(steps(10), expected_steps=12).num_steps == 3  # 9 whole ones, less 3 and 3
+    rare = break_down(steps(10), expected_steps=40)  # nothing ran about as often
+    assert (rare.num_steps, rare.step_us) == (40, pytest.approx(980 / 40))
 
 
 @pytest.mark.parametrize(
