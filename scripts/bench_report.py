@@ -78,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
     text = describe(lines, limits) + table(rows) + "\n" + lesser_table(lines)
     args.to.mkdir(parents=True, exist_ok=True)
     (args.to / f"{name}.md").write_text(text)
-    print(text)
     plot(rows, args.to / f"{name}.svg")
+    print(text)
     return 0
 
 
