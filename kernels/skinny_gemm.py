@@ -17,6 +17,7 @@ Shapes: M rows, K input features, N weight rows; the gated form gives I = N / 2 
 """
 
 import functools
+import math
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ from kernels.tuning import skinny_gemm_h200
 _HALF_TYPES = (torch.bfloat16, torch.float16)
 _MAX_TILES = 8192  # tiles of a product whose K is split: one counter each
 _CACHE_LINE = 64  # values
-_FEWEST_DOT_ROWS = 8  # columns of the tensor cores' narrowest product
+_FARTHEST = 2.0  # factor between a shape that was measured and one that takes its tiles
 
 
 class Tile(NamedTuple):
@@ -46,6 +47,12 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int  # turns whose loads are under way; 1 leaves that to the hardware
     prefetch: int  # turns whose weights are called into the L2 cache before waiting
+
+    def fewest_rows(self) -> int:
+        """The rows to which fewer are padded: the narrowest product that is fast."""
+        if not self.dot:
+            return 1
+        return 16 if self.slices == 1 else 8
 
 
 def skinny_linear(
@@ -99,13 +106,27 @@ def tiles_by_rows(weight: Tensor, *, gated: bool = False) -> tuple[Tile | None, 
 
 
 def pinned_tiles(N: int, K: int, *, gated: bool = False) -> tuple[Tile | None, ...]:
-    """What the table says of a shape: for each number of rows, its smallest entry that holds it."""
+    """What the table says of a shape: for each number of rows, its smallest entry that holds it.
+
+    A shape that was not measured takes the tiles of the nearest one that was, if neither N nor K
+    differ by more than a factor of two: tiles suit sizes, and cuBLAS is behind on all of those.
+    """
     table = skinny_gemm_h200.GATED if gated else skinny_gemm_h200.PLAIN
+    nearest = min(table, key=lambda shape: _distance(shape, (N, K)), default=(0, 0))
+    if not nearest[0] or _distance(nearest, (N, K)) > math.log(_FARTHEST):
+        return ()
     tiles: list[Tile | None] = [None]
-    for most_rows, values in sorted(table.get((N, K), {}).items()):
+    for most_rows, values in sorted(table[nearest].items()):
         tile = None if values is None else Tile._make(values)
+        if tile and tile.split_k > 1 and tile.block_k * tile.split_k > K:
+            tile = None  # some programs would have no part of K
         tiles += [tile] * (most_rows + 1 - len(tiles))
     return tuple(tiles) if any(tiles) else ()
+
+
+def _distance(a: tuple[int, int], b: tuple[int, int]) -> float:
+    """How much two shapes differ: the larger logarithm of the two ratios."""
+    return max(abs(math.log(a[0] / b[0])), abs(math.log(a[1] / b[1])))
 
 
 def skinny_linear_reference(
@@ -170,7 +191,7 @@ def _run(
     y = torch.empty((x.shape[0], num_outputs), dtype=out_dtype, device=x.device)
     per_program = tile.block_n if activation is None else tile.block_n // 2
     options = {
-        "ROWS": max(_FEWEST_DOT_ROWS if tile.dot else 1, triton.next_power_of_2(x.shape[0])),
+        "ROWS": max(tile.fewest_rows(), triton.next_power_of_2(x.shape[0])),
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
         "ACTIVATION": activation,

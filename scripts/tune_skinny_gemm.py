@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Time every candidate tile of the skinny products on this GPU, beside cuBLAS; print what to pin.
 
-    python scripts/tune_skinny_gemm.py                        all shapes, the table to stdout
-    python scripts/tune_skinny_gemm.py --write --only 8b      into kernels/tuning, some shapes
-    python scripts/tune_skinny_gemm.py --shape 6144x2048 --rows 1,8,64
+    python scripts/tune_skinny_gemm.py                       all shapes, into kernels/tuning
+    python scripts/tune_skinny_gemm.py --only 8b --rows 1,8,64
+    python scripts/tune_skinny_gemm.py --shape 6144x2048 --shape 16384x2048:gated
 
 Kernels are compiled first, by as many processes as there are cores, and only what was compiled in
 time is tried. A candidate must give the right result, twice the same one, before it is timed: in a
@@ -16,11 +16,10 @@ import itertools
 import json
 import multiprocessing
 import os
-import pprint
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -43,13 +42,15 @@ from kernels.skinny_gemm import (
 )
 
 TABLE = Path(__file__).resolve().parent.parent / "kernels" / "tuning" / "skinny_gemm_h200.py"
-ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 128)
+FOLLOWERS = (2, 4, 24, 48)  # rows for which only the neighbours' fastest candidates are tried
 NUM_SMS = 132
 DEVICE = "cuda"
 SHARED_BYTES = 227 * 1024
 ROTATED_BYTES = 400 << 20  # weights read between two uses of the same one
 MAX_ERROR = 1e-2  # of the result's norm
-MIN_GAIN = 0.98  # of cuBLAS's time: less is noise, and cuBLAS needs no table
+MIN_GAIN = 0.995  # of the time before: less is noise
+CANDIDATES_IN_A_ROW = 8
 
 
 class Shape(NamedTuple):
@@ -61,17 +62,21 @@ class Shape(NamedTuple):
     kind: str = "plain"  # or "gated", or "head": results in float32
 
 
-SHAPES = (
-    Shape("8b qkv", 6144, 4096),
-    Shape("8b o", 4096, 4096),
-    Shape("8b gate_up", 28672, 4096, "gated"),
-    Shape("8b down", 4096, 14336),
-    Shape("0.6b qkv", 4096, 1024),
-    Shape("0.6b o", 1024, 2048),
-    Shape("0.6b gate_up", 6144, 1024, "gated"),
-    Shape("0.6b down", 1024, 3072),
-    Shape("8b head", 128256, 4096, "head"),
-    Shape("0.6b head", 151936, 1024, "head"),
+LAYERS = (  # the products of a layer in their order; heads stand alone
+    (
+        Shape("8b qkv", 6144, 4096),
+        Shape("8b o", 4096, 4096),
+        Shape("8b gate_up", 28672, 4096, "gated"),
+        Shape("8b down", 4096, 14336),
+    ),
+    (
+        Shape("0.6b qkv", 4096, 1024),
+        Shape("0.6b o", 1024, 2048),
+        Shape("0.6b gate_up", 6144, 1024, "gated"),
+        Shape("0.6b down", 1024, 3072),
+    ),
+    (Shape("8b head", 128256, 4096, "head"),),
+    (Shape("0.6b head", 151936, 1024, "head"),),
 )
 
 
@@ -81,6 +86,11 @@ class Case(NamedTuple):
     shape: Shape
     rows: int  # a power of two
     tile: Tile
+
+
+def padded_rows(rows: int, tile: Tile) -> int:
+    """The number of rows that a kernel is compiled for: a power of two."""
+    return max(tile.fewest_rows(), 1 << (rows - 1).bit_length())
 
 
 def vector_tiles(shape: Shape, rows: int) -> Iterator[Tile]:
@@ -100,19 +110,18 @@ def vector_tiles(shape: Shape, rows: int) -> Iterator[Tile]:
 
 
 # block_n, block_k, slices, warps
-SLICED = ((16, 256, 4, 4), (16, 512, 8, 8), (16, 512, 4, 4), (32, 256, 4, 4), (32, 512, 8, 8))
-WHOLE = ((64, 64, 1, 4), (64, 128, 1, 4), (128, 64, 1, 4), (128, 128, 1, 8), (32, 128, 1, 4))
+SLICED = ((16, 256, 4, 4), (16, 512, 4, 4), (32, 256, 4, 4), (32, 512, 8, 8))
+WHOLE = ((64, 128, 1, 4), (64, 64, 1, 4), (128, 64, 1, 4), (128, 128, 1, 8))
 
 
 def dot_tiles(shape: Shape, rows: int) -> Iterator[Tile]:
-    """Candidates on tensor cores, which take at least eight rows."""
-    rows = max(8, rows)
-    blocks = (SLICED if rows <= 32 else ()) + (WHOLE if rows >= 16 else WHOLE[:2])
+    """Candidates on tensor cores."""
+    blocks = (SLICED if rows <= 32 else ()) + WHOLE
     for (block_n, block_k, slices, warps), split_k, stages, prefetch in itertools.product(
-        blocks, (1, 2, 4, 8), (3, 4, 6), (0, 3, 8)
+        blocks, (1, 2, 4, 8), (3, 4, 6), (0, 3)
     ):
         tile = Tile(True, block_n, block_k, slices, split_k, warps, stages, prefetch)
-        if _dot_fits(shape, rows, tile):
+        if _dot_fits(shape, padded_rows(rows, tile), tile):
             yield tile
 
 
@@ -123,9 +132,9 @@ def _dot_fits(shape: Shape, rows: int, tile: Tile) -> bool:
     shared = stages * (tile.block_n + rows) * tile.block_k * 2
     if shape.K % tile.block_k or turns < 2 or shared > SHARED_BYTES or programs < 48:
         return False
-    if tile.split_k > 1 and not NUM_SMS * 0.7 <= programs <= NUM_SMS * 4:
+    if tile.split_k > 1 and (tile.slices > 1 or not NUM_SMS * 0.45 <= programs <= NUM_SMS * 3):
         return False
-    if tile.num_stages > turns + 1 or (tile.prefetch > turns and tile.prefetch > 3):
+    if tile.num_stages > turns + 2:
         return False
     resident = min(programs, NUM_SMS * (SHARED_BYTES // shared)) / NUM_SMS
     weights = resident * tile.block_n * tile.block_k * 2  # bytes of one turn in an SM
@@ -224,6 +233,24 @@ def compile_all(cases: list[Case], seconds: float) -> set[Case]:
 # --- timing ------------------------------------------------------------------------------------
 
 
+def graph_us(run: Callable[[], object]) -> float:
+    """What a graph of ``run`` takes on the GPU: the median of its replays, in microseconds."""
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    graph.replay()
+    times: list[float] = []
+    for _ in range(5):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
+    return statistics.median(times)
+
+
 class Bench:
     """One shape's weights and rows on the GPU."""
 
@@ -252,23 +279,10 @@ class Bench:
         return bool(error < MAX_ERROR) and torch.equal(first, again)
 
     def microseconds(self, run: Callable[[Tensor], object]) -> float:
-        """One launch's time on the GPU: the median of replays of a graph of many launches."""
+        """One launch's time, among many of them on different weights."""
         run(self.weights[0])
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for i in range(self.num_launches):
-                run(self.weights[i % self.num_sets])
-        graph.replay()
-        times: list[float] = []
-        for _ in range(5):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-        return statistics.median(times) / self.num_launches * 1e3
+        turns = [self.weights[i % self.num_sets] for i in range(self.num_launches)]
+        return graph_us(lambda: [run(weight) for weight in turns]) / self.num_launches
 
     def time_tile(self, rows: int, tile: Tile) -> float | None:
         """Microseconds, or None where the result is wrong or the launch fails."""
@@ -282,11 +296,6 @@ class Bench:
             return None
 
 
-def padded_rows(rows: int, tile: Tile) -> int:
-    """The number of rows that a kernel is compiled for: a power of two, eight for tensor cores."""
-    return max(8 if tile.dot else 1, 1 << (rows - 1).bit_length())
-
-
 class Result(NamedTuple):
     """What one shape takes at one number of rows, fastest candidates first."""
 
@@ -294,12 +303,6 @@ class Result(NamedTuple):
     rows: int
     cublas_us: float
     tiles: list[tuple[float, Tile]]
-
-    def best(self) -> Tile | None:
-        """The tile to pin; None where cuBLAS is as good."""
-        if not self.tiles or self.tiles[0][0] > self.cublas_us * MIN_GAIN:
-            return None
-        return self.tiles[0][1]
 
     def line(self) -> str:
         """One line of the printed table."""
@@ -311,51 +314,113 @@ class Result(NamedTuple):
         return f"{text} ours {rate:.2f} TB/s: {fastest}"
 
 
-def _short(tile: Tile) -> str:
+def _short(tile: Tile | None) -> str:
+    if tile is None:
+        return "cuBLAS"
     return ("dot " if tile.dot else "vec ") + ",".join(map(str, tile[1:]))
 
 
-def tune(
-    shapes: Iterable[Shape], rows: list[int], seconds: float, log: IO[str] | None
-) -> list[Result]:
-    """Compile and time; the same kernels serve all row counts up to a power of two."""
-    start = time.monotonic()
-    wanted: dict[tuple[Shape, int], list[Tile]] = {}
-    shapes = list(shapes)
-    for shape, m in itertools.product(shapes, rows):
-        padded = 1 << (m - 1).bit_length()
-        tiles = [*vector_tiles(shape, padded)] if padded <= 4 else []
-        wanted[shape, m] = tiles + ([*dot_tiles(shape, padded)] if padded >= 2 else [])
-    cases = {
-        Case(shape, padded_rows(m, tile), tile): None
-        for (shape, m), tiles in wanted.items()
-        for tile in tiles
-    }
-    ready = compile_all(list(cases), seconds * 0.5)
-    print(f"compiled after {time.monotonic() - start:.0f} s", flush=True)
-    arrival_counters(torch.empty(0, device=DEVICE).device)
-    results: list[Result] = []
-    for shape in shapes:
-        bench = Bench(shape)
-        for m in rows:
-            padded = 1 << (m - 1).bit_length()
-            tiles = [t for t in wanted[shape, m] if Case(shape, padded_rows(m, t), t) in ready]
-            if m in (2, 4, 24, 48):  # what was fast for its neighbours is enough
-                fast = [r for r in results if r.shape == shape and padded // 2 <= r.rows <= 64]
-                kept = {t for r in fast for _, t in r.tiles[:8]}
-                tiles = [t for t in tiles if t in kept or not t.dot]
-            if time.monotonic() - start > seconds:
-                print(f"out of time before {shape.name} M={m}", flush=True)
-                return results
-            results.append(time_rows(bench, m, tiles))
-            print(results[-1].line(), flush=True)
+class Layer:
+    """The products of one layer, which follow each other in a step as they do here.
+
+    What is fastest alone may be slow behind another kernel that leaves it no room, so the choice
+    among the fastest candidates is made in the row.
+    """
+
+    def __init__(self, benches: list[Bench]) -> None:
+        self.benches = benches
+        self.num_layers = max(4, -(-ROTATED_BYTES // sum(b.bytes for b in benches)))
+
+    def microseconds(self, rows: int, tiles: list[Tile | None]) -> float:
+        """One layer's time; None is cuBLAS."""
+
+        def run() -> None:
+            for i in range(self.num_layers):
+                for bench, tile in zip(self.benches, tiles, strict=True):
+                    x, weight = bench.x[:rows], bench.weights[i % bench.num_sets]
+                    if tile is None:
+                        cublas(bench.shape, x, weight)
+                    else:
+                        product(bench.shape, x, weight, tile)
+
+        return graph_us(run) / self.num_layers
+
+    def choose(self, rows: int, results: list[Result]) -> list[Tile | None]:
+        """The tiles to pin: each product's turn by turn, the others staying as they are."""
+        candidates = [[t for _, t in result.tiles[:CANDIDATES_IN_A_ROW]] for result in results]
+        tiles: list[Tile | None] = [c[0] if c else None for c in candidates]
+        by_cublas = self.microseconds(rows, [None] * len(tiles))
+        best = self.microseconds(rows, tiles)
+        for _, i in itertools.product(range(2), range(len(tiles))):
+            for tile in [*candidates[i], None]:
+                trial = [*tiles[:i], tile, *tiles[i + 1 :]]
+                if tile != tiles[i] and (us := self.microseconds(rows, trial)) < best * MIN_GAIN:
+                    best, tiles = us, trial
+        alone = sum(result.tiles[0][0] for result in results if result.tiles)
+        choice = " | ".join(map(_short, tiles))
+        print(
+            f"layer of {self.benches[0].shape.name.split()[0]} M={rows}: cuBLAS {by_cublas:.2f}, "
+            f"sum alone {alone:.2f}, in a row {best:.2f}: {choice}",
+            flush=True,
+        )
+        return tiles
+
+
+class Tuner:
+    """Compiles and times; knows what is ready, and when to stop."""
+
+    def __init__(self, shapes: list[Shape], rows: list[int], seconds: float) -> None:
+        self.start = time.monotonic()
+        self.seconds = seconds
+        self.rows = rows
+        self.wanted = {(s, m): self._candidates(s, m) for s in shapes for m in rows}
+        cases = {
+            Case(shape, padded_rows(m, tile), tile): None
+            for (shape, m), tiles in self.wanted.items()
+            for tile in tiles
+        }
+        self.ready = compile_all(list(cases), seconds * 0.5)
+        print(f"compiled after {time.monotonic() - self.start:.0f} s", flush=True)
+        arrival_counters(torch.empty(0, device=DEVICE).device)
+        self.results: dict[tuple[Shape, int], Result] = {}
+        self.pinned: dict[tuple[Shape, int], Tile | None] = {}
+
+    def tune(self, shapes: list[Shape], log: IO[str] | None) -> None:
+        """Time the shapes of one layer, alone and then in a row."""
+        benches = [Bench(shape) for shape in shapes]
+        for bench, m in itertools.product(benches, self.rows):
+            if time.monotonic() - self.start > self.seconds:
+                print(f"out of time before {bench.shape.name} M={m}", flush=True)
+                return
+            result = time_rows(bench, m, self._tiles(bench.shape, m))
+            self.results[bench.shape, m] = result
+            print(result.line(), flush=True)
             if log:
-                record = results[-1]._asdict() | {"shape": shape._asdict()}
+                record = result._asdict() | {"shape": bench.shape._asdict()}
                 log.write(json.dumps(record) + "\n")
                 log.flush()
-        del bench
-    print(f"done after {time.monotonic() - start:.0f} s", flush=True)
-    return results
+        layer = Layer(benches)
+        for m in sorted(self.rows):
+            tiles = layer.choose(m, [self.results[shape, m] for shape in shapes])
+            self.pinned.update({(s, m): t for s, t in zip(shapes, tiles, strict=True)})
+
+    def _candidates(self, shape: Shape, rows: int) -> list[Tile]:
+        padded = 1 << (rows - 1).bit_length()
+        tiles = [*vector_tiles(shape, padded)] if padded <= 4 else []
+        return tiles + ([*dot_tiles(shape, padded)] if padded >= 2 else [])
+
+    def _tiles(self, shape: Shape, rows: int) -> list[Tile]:
+        tiles = [
+            t
+            for t in self.wanted[shape, rows]
+            if Case(shape, padded_rows(rows, t), t) in self.ready
+        ]
+        if rows not in FOLLOWERS:
+            return tiles
+        padded = 1 << (rows - 1).bit_length()  # what was fast for its neighbours is enough
+        fast = [self.results[shape, m] for m in self.rows if (shape, m) in self.results]
+        kept = {t for r in fast if padded // 2 <= r.rows <= 64 for _, t in r.tiles[:8]}
+        return [t for t in tiles if t in kept or not t.dot]
 
 
 def time_rows(bench: Bench, rows: int, tiles: list[Tile]) -> Result:
@@ -366,42 +431,68 @@ def time_rows(bench: Bench, rows: int, tiles: list[Tile]) -> Result:
     return Result(bench.shape, rows, baseline, sorted(timed))
 
 
-def table_of(results: list[Result]) -> dict[str, dict[Any, Any]]:
-    """What to pin, added to what is pinned already."""
+# --- the table ---------------------------------------------------------------------------------
+
+
+def table_text(pinned: dict[tuple[Shape, int], Tile | None]) -> str:
+    """The tables' file with these choices in the place of what it says of their shapes."""
+    text = TABLE.read_text()
+    head = text[: text.index("PLAIN")]
     namespace: dict[str, Any] = {}
-    with contextlib.suppress(FileNotFoundError):
-        exec(compile(TABLE.read_text(), str(TABLE), "exec"), namespace)
-    tables = {name: dict(namespace.get(name, {})) for name in ("PLAIN", "GATED")}
-    for result in results:
-        table = tables["GATED" if result.shape.kind == "gated" else "PLAIN"]
-        best = result.best()
-        entry = table.setdefault((result.shape.N, result.shape.K), {})
-        entry[result.rows] = None if best is None else tuple(best)
-    return tables
+    exec(compile(text, str(TABLE), "exec"), namespace)
+    for name in ("PLAIN", "GATED"):
+        table = namespace[name]
+        mine = {k: t for k, t in pinned.items() if (k[0].kind == "gated") == (name == "GATED")}
+        for shape in dict.fromkeys(shape for shape, _ in mine):
+            rows = {m: t and tuple(t) for (s, m), t in sorted(mine.items()) if s == shape}
+            table[shape.N, shape.K] = shortened(rows)
+        lines = [f"    {size}: {{\n{_entries(rows)}    }},\n" for size, rows in table.items()]
+        head += f"{name}: Table = {{\n{''.join(lines)}}}\n\n"
+    return head.rstrip() + "\n"
+
+
+def shortened(rows: dict[int, Any]) -> dict[int, Any]:
+    """The same choices without entries that say what the next one says, or nothing at the end."""
+    kept = {m: t for m, t in rows.items() if any(rows[n] for n in rows if n >= m)}
+    sizes = list(kept)
+    return {
+        m: kept[m]
+        for m, n in zip(sizes, [*sizes[1:], None], strict=True)
+        if n is None or kept[m] != kept[n]
+    }
+
+
+def _entries(rows: dict[int, Any]) -> str:
+    return "".join(f"        {m}: {tile},\n" for m, tile in rows.items())
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--only", help="shapes whose name holds this")
+    parser.add_argument("--only", default="", help="shapes whose name holds this")
     parser.add_argument("--shape", action="append", default=[], help="NxK or NxK:gated, own shapes")
     parser.add_argument("--rows", default=",".join(map(str, ROWS)))
     parser.add_argument("--seconds", type=float, default=600.0, help="stop trying after this")
     parser.add_argument("--json", type=Path, help="write all that was measured here")
+    parser.add_argument("--table", type=Path, default=TABLE, help="where to write the tables")
     args = parser.parse_args()
-    shapes = [s for s in SHAPES if not args.only or args.only in s.name]
+    layers = [[s for s in layer if args.only in s.name] for layer in LAYERS]
     if args.shape:
-        shapes = []
-        for text in args.shape:
-            size, _, kind = text.partition(":")
-            N, K = map(int, size.split("x"))
-            shapes.append(Shape(text, N, K, kind or "plain"))
+        layers = [[_own_shape(text) for text in args.shape]]
     # Those that stand for others first: the rest tries what was fast there.
-    rows = sorted(map(int, args.rows.split(",")), key=lambda m: (m in (2, 4, 24, 48), m))
+    rows = sorted(map(int, args.rows.split(",")), key=lambda m: (m in FOLLOWERS, m))
+    tuner = Tuner([s for layer in layers for s in layer], rows, args.seconds)
     with args.json.open("w") if args.json else contextlib.nullcontext() as log:
-        results = tune(shapes, rows, args.seconds, log)
-    for name, table in table_of(results).items():
-        print(f"{name} = {pprint.pformat(table, width=100)}")
+        for layer in filter(None, layers):
+            tuner.tune(layer, log)
+    args.table.write_text(table_text(tuner.pinned))
+    print(f"done after {time.monotonic() - tuner.start:.0f} s: {args.table}")
+
+
+def _own_shape(text: str) -> Shape:
+    size, _, kind = text.partition(":")
+    N, K = map(int, size.split("x"))
+    return Shape(f"own {text}", N, K, kind or "plain")
 
 
 if __name__ == "__main__":

@@ -128,12 +128,31 @@ def test_a_number_of_rows_takes_the_smallest_entry_that_holds_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     small, large = (False, 2, 512, 1, 1, 4, 1, 0), (True, 64, 64, 1, 2, 4, 4, 0)
-    monkeypatch.setattr(skinny_gemm_h200, "PLAIN", {(8, 16): {4: small, 6: None, 9: large}})
+    monkeypatch.setattr(skinny_gemm_h200, "PLAIN", {(8, 256): {4: small, 6: None, 9: large}})
 
-    tiles = pinned_tiles(8, 16)
+    tiles = pinned_tiles(8, 256)
 
     assert tiles == (None, *4 * [Tile(*small)], None, None, *3 * [Tile(*large)])
-    assert pinned_tiles(8, 17) == pinned_tiles(8, 16, gated=True) == ()
+
+
+def test_a_shape_that_was_not_measured_takes_the_nearest_tiles_that_fit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small, wide = (False, 2, 512, 1, 1, 4, 1, 0), (True, 64, 64, 1, 4, 4, 4, 0)
+    table = {(1000, 512): {4: small, 8: wide}, (3000, 512): {8: small}}
+    monkeypatch.setattr(skinny_gemm_h200, "PLAIN", table)
+    monkeypatch.setattr(skinny_gemm_h200, "GATED", {})
+
+    assert pinned_tiles(1500, 600) == (None, *4 * [Tile(*small)], *4 * [Tile(*wide)])
+    assert pinned_tiles(1900, 512) == (None, *8 * [Tile(*small)])  # the other is nearer
+    assert pinned_tiles(1000, 512)[8] == Tile(*wide)
+    # Four parts of K would leave some without a turn, and the vector form's turn is cut short.
+    monkeypatch.setattr(skinny_gemm_h200, "PLAIN", {(1000, 512): {4: small, 8: wide}})
+    assert pinned_tiles(1000, 256)[4:] == (Tile(*small), *4 * [Tile(*wide)])
+    monkeypatch.setattr(skinny_gemm_h200, "PLAIN", {(1000, 256): {4: small, 8: wide}})
+    assert pinned_tiles(1000, 255)[8] is None
+    assert pinned_tiles(1000, 700) == pinned_tiles(400, 256) == ()
+    assert pinned_tiles(1000, 256, gated=True) == ()
 
 
 def test_only_a_measured_gpu_has_tiles() -> None:
