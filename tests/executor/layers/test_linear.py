@@ -8,6 +8,7 @@ from executor.layers.cpu_linear import fixed_tiles, pack
 from executor.layers.embedding import LMHead, VocabParallelEmbedding
 from executor.layers.linear import (
     ColumnParallelLinear,
+    GatedLinear,
     LayerFactory,
     Linear,
     QKVParallelLinear,
@@ -18,6 +19,7 @@ from executor.loader.assign import Slot, WeightAssigner
 from executor.loader.sources import MemorySource
 from executor.models.interface import CheckpointNames
 from executor.parallel import TensorParallel
+from kernels.activation import SILU
 
 CPU = torch.device("cpu")
 
@@ -94,6 +96,19 @@ def test_column_shards_lie_beside_each_other(deterministic: bool) -> None:
         parts.append(layer(x).split((8, 4), dim=-1))
     first, second = (torch.cat([p[i] for p in parts], dim=-1) for i in (0, 1))
     torch.testing.assert_close(torch.cat((first, second), dim=-1), whole)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_gated_shards_hold_matching_gate_and_up_features(deterministic: bool) -> None:
+    torch.manual_seed(0)
+    gate, up, x = torch.randn(16, 8), torch.randn(16, 8), torch.randn(5, 8)
+    parts = []
+    for rank in (0, 1):
+        layer = GatedLinear(8, 16, SILU, factory(rank, 2, deterministic=deterministic))
+        fill(layer, weight=torch.cat((gate, up)))
+        parts.append(layer(x))
+    expected = torch.nn.functional.silu(x @ gate.T) * (x @ up.T)
+    torch.testing.assert_close(torch.cat(parts, dim=-1), expected)
 
 
 def test_row_shards_add_up_with_one_bias() -> None:
