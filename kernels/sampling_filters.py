@@ -140,7 +140,7 @@ def _settle(
         V,
         FEW=_FEW,
         MAX_FOUND=_MAX_FOUND,
-        BLOCK_V=8192,
+        LANES=2048,  # four of a thread: what a load brings
         num_warps=16,
         enable_fp_fusion=False,  # product and sum are rounded apart, as in the definition
         **dependent_launch.options(),
@@ -410,7 +410,7 @@ def _settle_kernel(  # type: ignore[no-untyped-def]
     V,
     FEW: tl.constexpr,
     MAX_FOUND: tl.constexpr,
-    BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Draw the row, or leave the threshold for the ordinary draw."""
@@ -487,6 +487,6 @@ def _settle_kernel(  # type: ignore[no-untyped-def]
                 by_mass,
                 top_k,
                 top_p,
-                BLOCK_V,
+                LANES,
             )
         tl.store(floors_ptr + row, floor)

@@ -29,19 +29,20 @@ def value_of(key):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _amounts_above(  # type: ignore[no-untyped-def]
-    row_ptr, V, scale, largest, first, second, third, BY_WEIGHT: tl.constexpr, BLOCK_V: tl.constexpr
+    row_ptr, V, scale, largest, first, second, third, BY_WEIGHT: tl.constexpr, LANES: tl.constexpr
 ):
     """How many x of a row exceed each of three values, or the sum of their exp(x - largest)."""
-    cols = tl.arange(0, BLOCK_V)
-    above_first = tl.zeros((BLOCK_V,), tl.float32)
-    above_second = tl.zeros((BLOCK_V,), tl.float32)
-    above_third = tl.zeros((BLOCK_V,), tl.float32)
-    for start in range(0, V, BLOCK_V):
+    # A thread loads 8 times before it needs the first: one program must read a row fast.
+    cols = tl.arange(0, 8)[:, None] * LANES + tl.arange(0, LANES)[None, :]
+    above_first = tl.zeros((LANES,), tl.float32)
+    above_second = tl.zeros((LANES,), tl.float32)
+    above_third = tl.zeros((LANES,), tl.float32)
+    for start in range(0, V, 8 * LANES):
         x = tl.load(row_ptr + start + cols, start + cols < V, other=float("-inf")) * scale
-        amount = tl.exp(x - largest) if BY_WEIGHT else tl.full((BLOCK_V,), 1.0, tl.float32)
-        above_first += tl.where(x > first, amount, 0.0)
-        above_second += tl.where(x > second, amount, 0.0)
-        above_third += tl.where(x > third, amount, 0.0)
+        amount = tl.exp(x - largest) if BY_WEIGHT else tl.full((8, LANES), 1.0, tl.float32)
+        above_first += tl.sum(tl.where(x > first, amount, 0.0), axis=0)
+        above_second += tl.sum(tl.where(x > second, amount, 0.0), axis=0)
+        above_third += tl.sum(tl.where(x > third, amount, 0.0), axis=0)
     return (
         tl.sum(above_first.to(tl.float64), axis=0),
         tl.sum(above_second.to(tl.float64), axis=0),
@@ -51,7 +52,7 @@ def _amounts_above(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _smallest_kept(  # type: ignore[no-untyped-def]
-    row_ptr, V, scale, lowest, largest, wanted, BY_WEIGHT: tl.constexpr, BLOCK_V: tl.constexpr
+    row_ptr, V, scale, lowest, largest, wanted, BY_WEIGHT: tl.constexpr, LANES: tl.constexpr
 ):
     """The smallest value, from ``lowest`` to ``largest``, above which is less than ``wanted``."""
     low = key_of(lowest).to(tl.int64)
@@ -71,7 +72,7 @@ def _smallest_kept(  # type: ignore[no-untyped-def]
             value_of(second),
             value_of(third),
             BY_WEIGHT,
-            BLOCK_V,
+            LANES,
         )
         if amounts[0] < wanted:
             high = first
@@ -98,7 +99,7 @@ def row_threshold(  # type: ignore[no-untyped-def]
     by_mass,
     top_k,
     top_p,
-    BLOCK_V: tl.constexpr,
+    LANES: tl.constexpr,
 ):
     """The smallest x that a row's filters keep.
 
@@ -112,19 +113,19 @@ def row_threshold(  # type: ignore[no-untyped-def]
     threshold = least
     if by_count:
         threshold = _smallest_kept(
-            row_ptr, V, scale, least, largest, top_k.to(tl.float64), False, BLOCK_V
+            row_ptr, V, scale, least, largest, top_k.to(tl.float64), False, LANES
         )
         threshold = tl.maximum(threshold, least)
     if by_mass:
         if threshold > float("-inf"):
             below = value_of(key_of(threshold) - 1)
             mass, _, _ = _amounts_above(
-                row_ptr, V, scale, largest, below, below, below, True, BLOCK_V
+                row_ptr, V, scale, largest, below, below, below, True, LANES
             )
         # What lies below this cannot make up for what top-p leaves out, were it all of V.
         spared = tl.log(tl.maximum((1.0 - top_p) * (mass / V).to(tl.float32), 1e-37))
         lowest = tl.maximum(threshold, largest + spared - 0.01)
         threshold = _smallest_kept(
-            row_ptr, V, scale, tl.minimum(lowest, largest), largest, top_p * mass, True, BLOCK_V
+            row_ptr, V, scale, tl.minimum(lowest, largest), largest, top_p * mass, True, LANES
         )
     return tl.minimum(threshold, LARGEST)
