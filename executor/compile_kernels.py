@@ -7,6 +7,7 @@ built, which needs no GPU. Several at once take turns, and find done what anothe
 import fcntl
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,18 +55,27 @@ def compile_ahead(
         if is_compiled(path):
             on_progress(1, 1)
             return
-        # Not before: most of the time of a process that finds everything done.
-        from executor.device import usable_cores
-        from executor.kernel_compiler import compile_all
-        from executor.kernel_rehearsal import find_variants
+        write_list(path, _compile(config, target, num_processes, on_progress))
 
-        entries = compile_all(
-            find_variants(config, target),
-            target,
-            num_processes=num_processes or usable_cores(),
-            on_progress=on_progress,
-        )
-        write_list(path, entries)
+
+def _compile(
+    config: EngineConfig,
+    target: Target,
+    num_processes: int | None,
+    on_progress: Callable[[int, int], None],
+) -> list[str]:
+    """The entries' names. Imports torch, which a process that finds everything done need not."""
+    from executor.kernel_compiler import CompilerPool, hash_compilers
+
+    hashing = threading.Thread(target=hash_compilers, args=(target.arch,))
+    hashing.start()
+    from executor.device import usable_cores
+    from executor.kernel_rehearsal import find_variants
+
+    hashing.join()
+    with CompilerPool(target, num_processes or usable_cores()) as pool:
+        find_variants(config, target, pool.add)
+        return pool.finish(on_progress)
 
 
 @contextmanager

@@ -9,15 +9,17 @@ import ctypes
 import hashlib
 import multiprocessing
 import os
+import queue
 import signal
 import subprocess
+import sys
 import sysconfig
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from triton import knobs
 from triton.backends.compiler import GPUTarget
@@ -46,6 +48,15 @@ class Variant:
     attributes: dict[Any, Any]
     options: Any  # the backend's
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel between processes that have the function by its name."""
+        parts = (self.signature, self.constants, self.attributes, self.options)
+        return _find_variant, (self.function.__module__, self.function.__name__, *parts)
+
+
+def _find_variant(module: str, name: str, *parts: Any) -> Variant:
+    return Variant(getattr(sys.modules[module], name), *parts)
+
 
 @dataclass(frozen=True)
 class Module:
@@ -55,69 +66,67 @@ class Module:
     source: str
 
 
-def compile_all(
-    variants: Sequence[Variant],
-    target: Target,
-    *,
-    num_processes: int,
-    on_progress: Callable[[int, int], None],
-) -> list[str]:
-    """Compile what is not in the cache; the names of all entries there, kernels' and modules'.
+class CompilerPool:
+    """Owns the processes that compile. They begin with a kernel as soon as it is added.
 
-    Raises:
-        Exception: whatever a compiler says of the first thing that does not compile.
+    Make it when all modules with kernels are imported, and before anything touches a GPU.
     """
-    modules = find_modules(variants)
-    # The long ones first, so that no core waits for one at the end.
-    ordered = sorted(variants, key=lambda v: len(v.function.src) * v.options.num_warps)
-    work: list[Variant | Module] = [*reversed(ordered), *modules]
-    with tempfile.TemporaryDirectory() as directory:
-        _find_libcuda(Path(directory))
+
+    def __init__(self, target: Target, num_processes: int) -> None:
+        self._directory = tempfile.TemporaryDirectory()
+        _find_libcuda(Path(self._directory.name))
         hash_compilers(target.arch)
-        entries = []
-        on_progress(0, len(work))
-        for entry in _in_processes(work, target, num_processes):
-            entries.append(entry)
-            on_progress(len(entries), len(work))
-    return entries
+        self._target = target
+        self._done: queue.SimpleQueue[str | BaseException] = queue.SimpleQueue()
+        self._num_added = 0
+        self._launchers: set[str] = set()
+        context = multiprocessing.get_context("fork")
+        self._pool = context.Pool(num_processes, _die_with_parent)
 
-
-def find_modules(variants: Sequence[Variant]) -> list[Module]:
-    """The driver's own functions, and one launcher for each signature."""
-    driver_source = Path(nvidia.dirname, "driver.c").read_text()
-    sources = dict.fromkeys(
-        nvidia.make_launcher(
-            variant.constants, dict(enumerate(variant.signature.values())), tensordesc_meta=None
+    def __enter__(self) -> Self:
+        self._submit(
+            _build_module, Module("cuda_utils", Path(nvidia.dirname, "driver.c").read_text())
         )
-        for variant in variants
-    )
-    launchers = [Module("__triton_launcher", source) for source in sources]
-    return [Module("cuda_utils", driver_source), *launchers]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.terminate()
+        self._pool.join()
+        self._directory.cleanup()
+
+    def add(self, variant: Variant) -> None:
+        """Compile a kernel, and its launcher when no other kernel has the same."""
+        self._submit(_compile_variant, variant, self._target)
+        signature = dict(enumerate(variant.signature.values()))
+        source = nvidia.make_launcher(variant.constants, signature, tensordesc_meta=None)
+        if source not in self._launchers:
+            self._launchers.add(source)
+            self._submit(_build_module, Module("__triton_launcher", source))
+
+    def finish(self, on_progress: Callable[[int, int], None]) -> list[str]:
+        """Wait until all is compiled; the names of the cache's entries.
+
+        Raises:
+            Exception: whatever a compiler says of the first thing that does not compile.
+        """
+        entries: list[str] = []
+        while len(entries) < self._num_added:
+            on_progress(len(entries), self._num_added)
+            done = self._done.get()
+            if isinstance(done, BaseException):
+                raise done
+            entries.append(done)
+        on_progress(len(entries), self._num_added)
+        return entries
+
+    def _submit(self, work: Callable[..., str], *args: Any) -> None:
+        self._num_added += 1
+        self._pool.apply_async(work, args, callback=self._done.put, error_callback=self._done.put)
 
 
-def _in_processes(
-    work: Sequence[Variant | Module], target: Target, num_processes: int
-) -> Iterator[str]:
-    """The entries' names as they are done; a process's failure ends it all."""
-
-    def begin() -> None:
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        _CURRENT[:] = [work, target]
-
-    context = multiprocessing.get_context("fork")
-    with context.Pool(min(num_processes, max(1, len(work))), begin) as pool:
-        yield from pool.imap_unordered(_compile_one, range(len(work)))
-
-
-# What this forked process works on: the sequence and the target. Set once, as it begins.
-_CURRENT: list[Any] = []
-
-
-def _compile_one(index: int) -> str:
-    work, target = _CURRENT
-    item = work[index]
-    return _build_module(item) if isinstance(item, Module) else _compile_variant(item, target)
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _compile_variant(variant: Variant, target: Target) -> str:

@@ -8,7 +8,7 @@ is what the real launch finds. Needs no GPU. Only for a process of its own: whil
 and Triton tell lies about the machine.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from types import SimpleNamespace
@@ -41,8 +41,10 @@ _NUM_BLOCKS = 1 << 20  # of a cache without memory; the first steps name fewer
 _LAYERS_OF_A_KIND = 2  # the first layer of a step does what the others find done
 
 
-def find_variants(config: EngineConfig, target: Target) -> list[Variant]:
-    """Every variant that the first steps of a rank launch, each once, in the order they come.
+def find_variants(
+    config: EngineConfig, target: Target, on_variant: Callable[[Variant], None]
+) -> None:
+    """Tell of every variant that the first steps of a rank launch, each once, as they come.
 
     Raises:
         UnsupportedError: the model runs through transformers, whose code needs a real device.
@@ -50,10 +52,8 @@ def find_variants(config: EngineConfig, target: Target) -> list[Variant]:
     """
     if not registry.is_native(config.model_config.hf_config):
         raise UnsupportedError("kernels of models that run through transformers are not foreseen")
-    found: list[Variant] = []
-    with _stand_in(target), _noting(found):
+    with _stand_in(target), _noting(on_variant):
         _run_start(config)
-    return found
 
 
 def _run_start(config: EngineConfig) -> None:
@@ -110,7 +110,7 @@ class _AbsentMates(TensorParallel):
         return tensor
 
     def all_gather(self, tensor: Tensor, dim: int) -> Tensor:
-        return torch.cat([tensor] * self.size, dim=dim)
+        return tensor if self.size == 1 else torch.cat([tensor] * self.size, dim=dim)
 
 
 class _EagerRecorder:
@@ -135,16 +135,43 @@ class PretendedGpu(TorchFunctionMode):
             return args[0].is_meta
         if name == "pin_memory":
             return args[0]
-        if name == "copy_" and args[1].is_meta and not args[0].is_meta:
-            return args[0]  # there is nothing to bring back
-        if name == "_cudnn_attention_forward":
-            q = args[0]
-            return torch.empty_like(q), torch.empty(
-                (*q.shape[:3], 1), dtype=torch.float32, device=META
-            )
+        if _is_any_meta(args):
+            if name.endswith("_") and not name.endswith("__"):
+                return args[0]  # only values would change
+            if (make_result := _RESULTS.get(name)) is not None:
+                return make_result(*args)
         if kwargs.pop("pin_memory", False) and func is torch.empty:
             func = torch.zeros  # nobody will fill it: let it say that all is well
         return func(*args, **kwargs)
+
+
+def _is_any_meta(args: Any) -> bool:
+    first = args[0][0] if args and isinstance(args[0], list | tuple) and args[0] else None
+    return any(isinstance(arg, Tensor) and arg.is_meta for arg in (first, *args))
+
+
+def _attended(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    log_sums = torch.empty((*q.shape[:3], 1), dtype=torch.float32, device=META)
+    return torch.empty_like(q), log_sums
+
+
+def _stacked(tensors: Sequence[Tensor], dim: int = 0) -> Tensor:
+    first = tensors[0]
+    shape = list(first.shape)
+    shape.insert(dim % (first.ndim + 1), len(tensors))
+    return torch.empty(shape, dtype=first.dtype, device=META)
+
+
+def _embedded(token_ids: Tensor, weight: Tensor, *_: object) -> Tensor:
+    return torch.empty((*token_ids.shape, weight.shape[1]), dtype=weight.dtype, device=META)
+
+
+# What the meta device lacks, or finds only by importing a compiler, which takes seconds.
+_RESULTS: dict[str, Callable[..., Any]] = {
+    "_cudnn_attention_forward": _attended,
+    "stack": _stacked,
+    "embedding": _embedded,
+}
 
 
 class _DriverWithoutDevice:
@@ -183,7 +210,7 @@ def _stand_in(target: Target) -> Iterator[None]:
 
 
 @contextmanager
-def _noting(found: list[Variant]) -> Iterator[None]:
+def _noting(on_variant: Callable[[Variant], None]) -> Iterator[None]:
     """Note what would be compiled; nothing is, and nothing is launched."""
     run = JITFunction.run
 
@@ -191,7 +218,7 @@ def _noting(found: list[Variant]) -> Iterator[None]:
         return run(self, *args, grid=grid, warmup=True, **kwargs)
 
     def compile_nothing(self: Any, *args: Any) -> object:
-        return note_variant(found, self, *args)
+        return note_variant(on_variant, self, *args)
 
     with (
         patch.object(JITFunction, "run", never_launch),
@@ -201,7 +228,7 @@ def _noting(found: list[Variant]) -> Iterator[None]:
 
 
 def note_variant(
-    found: list[Variant],
+    on_variant: Callable[[Variant], None],
     function: Any,
     key: Any,
     signature: dict[str, Any],
@@ -211,6 +238,6 @@ def note_variant(
     """Keep what Triton is asked to compile; returns what takes the place of the kernel."""
     constants, options, attributes, _ = rest
     variant = Variant(function, signature, constants, attributes, options)
-    found.append(variant)
+    on_variant(variant)
     function.device_caches[device][0][key] = variant  # the next such launch is not new
     return variant

@@ -15,7 +15,7 @@ from triton.runtime.jit import JITFunction
 
 from executor import kernel_rehearsal
 from executor.kernel_cache import Target
-from executor.kernel_compiler import compile_all
+from executor.kernel_compiler import CompilerPool, Variant
 from executor.kernel_rehearsal import find_variants
 from ipc.config import CacheConfig, DeviceConfig, EngineConfig, ModelConfig, SchedulerConfig
 
@@ -54,18 +54,24 @@ def forget(variants: list[Any]) -> None:
         variant.function.device_caches.clear()
 
 
+def find(config: EngineConfig) -> list[Variant]:
+    found: list[Variant] = []
+    find_variants(config, TARGET, found.append)
+    forget(found)
+    return found
+
+
 def main() -> None:
     config = make_config()
-    variants = find_variants(config, TARGET)
+    variants = find(config)
     eager_config = replace(config, model_config=replace(config.model_config, enforce_eager=True))
-    forget(variants)
-    eager = find_variants(eager_config, TARGET)
-    forget(variants)
+    eager = find(eager_config)
     chosen = [v for v in variants if v.function.__name__ in COMPILED]
     told: list[tuple[int, int]] = []
-    entries = compile_all(
-        chosen, TARGET, num_processes=2, on_progress=lambda *now: told.append(now)
-    )
+    with CompilerPool(TARGET, 2) as pool:
+        for variant in chosen:
+            pool.add(variant)
+        entries = pool.finish(lambda *now: told.append(now))
     hits: list[tuple[str, bool]] = []
     knobs.compilation.listener = lambda **said: hits.append((said["src"].name, said["cache_hit"]))
     compile_really = JITFunction._do_compile
@@ -74,10 +80,10 @@ def main() -> None:
     def compile_some(self: Any, *args: Any) -> object:
         if self.__name__ in COMPILED:
             return compile_really(self, *args)
-        return note([], self, *args)
+        return note(lambda _: None, self, *args)
 
     with patch.object(kernel_rehearsal, "note_variant", lambda _, *args: compile_some(*args)):
-        find_variants(config, TARGET)
+        find_variants(config, TARGET, lambda _: None)
     report = {
         "found": [variant.function.__name__ for variant in variants],
         "eager": [variant.function.__name__ for variant in eager],
