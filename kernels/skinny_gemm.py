@@ -33,6 +33,7 @@ from kernels.tuning import skinny_gemm_h200
 _HALF_TYPES = (torch.bfloat16, torch.float16)
 _MAX_TILES = 8192  # tiles of a product whose K is split: one counter each
 _CACHE_LINE = 64  # values
+_MOST_BORROWED_ROWS = 32
 _FARTHEST = 2.0  # factor between a shape that was measured and one that takes its tiles
 
 
@@ -108,8 +109,10 @@ def tiles_by_rows(weight: Tensor, *, gated: bool = False) -> tuple[Tile | None, 
 def pinned_tiles(N: int, K: int, *, gated: bool = False) -> tuple[Tile | None, ...]:
     """What the table says of a shape: for each number of rows, its smallest entry that holds it.
 
-    A shape that was not measured takes the tiles of the nearest one that was, if neither N nor K
-    differ by more than a factor of two: tiles suit sizes, and cuBLAS is behind on all of those.
+    A shape that was not measured borrows, up to 32 rows, from the nearest one that was, if neither
+    N nor K differ by more than a factor of two. Tried on 14 shapes of models with 1.7B to 8B: one
+    row is faster than by cuBLAS on all (by up to 40 %), up to 32 rows on most, at worst 16 %
+    slower on one product of a layer; 64 rows are slower on most.
     """
     table = skinny_gemm_h200.GATED if gated else skinny_gemm_h200.PLAIN
     nearest = min(table, key=lambda shape: _distance(shape, (N, K)), default=(0, 0))
@@ -121,6 +124,8 @@ def pinned_tiles(N: int, K: int, *, gated: bool = False) -> tuple[Tile | None, .
         if tile and tile.split_k > 1 and tile.block_k * tile.split_k > K:
             tile = None  # some programs would have no part of K
         tiles += [tile] * (most_rows + 1 - len(tiles))
+    if nearest != (N, K):
+        tiles = tiles[: _MOST_BORROWED_ROWS + 1]
     return tuple(tiles) if any(tiles) else ()
 
 

@@ -146,6 +146,8 @@ def test_a_shape_that_was_not_measured_takes_the_nearest_tiles_that_fit(
     assert pinned_tiles(1500, 600) == (None, *4 * [Tile(*small)], *4 * [Tile(*wide)])
     assert pinned_tiles(1900, 512) == (None, *8 * [Tile(*small)])  # the other is nearer
     assert pinned_tiles(1000, 512)[8] == Tile(*wide)
+    monkeypatch.setattr(skinny_gemm_h200, "PLAIN", {(1000, 512): {64: small}})
+    assert (len(pinned_tiles(1000, 512)), len(pinned_tiles(1000, 500))) == (65, 33)
     # Four parts of K would leave some without a turn, and the vector form's turn is cut short.
     monkeypatch.setattr(skinny_gemm_h200, "PLAIN", {(1000, 512): {4: small, 8: wide}})
     assert pinned_tiles(1000, 256)[4:] == (Tile(*small), *4 * [Tile(*wide)])
