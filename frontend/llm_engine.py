@@ -87,9 +87,15 @@ class LLMEngine:
         self.usage_context = usage_context
         self.log_stats = log_stats
         self._next_log_s = 0.0
-        self.tokenizer: Tokenizer | None = load_engine_tokenizer(config)
         loggers = make_stat_loggers(config, stat_loggers, log_stats=log_stats)
-        client = core_client or _connect(config, executor_class, multiprocess_mode)
+        self.tokenizer: Tokenizer | None
+        if core_client is not None:
+            self.tokenizer, client = load_engine_tokenizer(config), core_client
+        elif multiprocess_mode:
+            self.tokenizer, client = _launch(with_executor_path(config, executor_class))
+        else:
+            self.tokenizer = load_engine_tokenizer(config)
+            client = _connect_in_process(config, executor_class)
         self._session = EngineSession(client, config, self.tokenizer, loggers)
         self._finalizer = weakref.finalize(self, self._session.close)
 
@@ -384,15 +390,23 @@ class TokenizerGroup:
         return self.tokenizer
 
 
-def _connect(
-    config: EngineConfig, executor_class: ExecutorClass | None, multiprocess_mode: bool
-) -> CoreClient:
-    """Start an engine of our own."""
-    from frontend.core_client import InprocCoreClient, ProcessCoreClient
+def _launch(config: EngineConfig) -> tuple[Tokenizer | None, CoreClient]:
+    """A process tree of our own, and the tokenizer, which is loaded while it starts."""
+    from frontend.core_client import ProcessCoreClient
     from frontend.launcher import Launch
 
-    if multiprocess_mode:
-        return ProcessCoreClient(Launch(with_executor_path(config, executor_class)))
+    launch = Launch(config)
+    try:
+        tokenizer = load_engine_tokenizer(config)
+    except BaseException:
+        launch.terminate()
+        raise
+    return tokenizer, ProcessCoreClient(launch)
+
+
+def _connect_in_process(config: EngineConfig, executor_class: ExecutorClass | None) -> CoreClient:
+    from frontend.core_client import InprocCoreClient
+
     if isinstance(executor_class, str):
         return InprocCoreClient(with_executor_path(config, executor_class))
     return InprocCoreClient(config, executor_class)
