@@ -397,29 +397,27 @@ class StepGraphs:
             self._record(graph)
         return graph
 
-    def choose_draws(self, num_draws: int, hidden: Tensor) -> DrawGraph | None:
+    def choose_draws(self, num_draws: int) -> DrawGraph | None:
         """The recorded draws that hold so many; None when they must be made eagerly.
 
-        Args:
-            hidden: [T, H], which they will be made from.
+        Ask before the forward pass: recording them now would overwrite what it leaves.
         """
-        self._make_draws(hidden)
+        self._make_draws()
         return self._ready(self._draws, num_draws)
 
     @torch.inference_mode()
     def rehearse(self) -> None:
         """Run every size once, the largest first."""
-        for graph in reversed(self._mixed):
-            self._make_draws(self._rehearse(graph))
-        rest: list[AnyGraph] = [*self._draws, *self._decode]
-        for one in reversed(rest):
-            self._rehearse(one)
+        self._make_draws()
+        graphs: list[AnyGraph] = [*self._draws, *self._decode, *self._mixed]
+        for graph in reversed(graphs):
+            if not graph.is_rehearsed:
+                self._rehearse(graph)
 
     @torch.inference_mode()
     def record_first(self) -> None:
         """Record what the first requests will need."""
-        if not self._draws:
-            self._make_draws(self._rehearse(self._mixed[0]))
+        self._make_draws()
         first: list[AnyGraph] = [*self._decode[:_NUM_AT_START], *self._draws[:1]]
         for graph in first:
             self._record(graph)
@@ -449,8 +447,9 @@ class StepGraphs:
             self._record(graphs[at])
         return graphs[at]
 
-    def _make_draws(self, hidden: Tensor) -> None:
+    def _make_draws(self) -> None:
         if not self._draws:
+            hidden = self._rehearse(self._mixed[0])
             room = hidden.new_zeros(self.sizes.max_requests, hidden.shape[1])
             parts, sizes = self._parts, self.sizes.decode
             self._draws = [DrawGraph(n, parts, self._buffers, room) for n in sizes]

@@ -217,6 +217,9 @@ class ModelRunner:
             states.advance(packed.rows, 1)
             self._take_drawn(graph, packed, logits, step)
             return
+        draws = None
+        if graphs is not None and packed.num_samples:
+            draws = graphs.choose_draws(packed.num_samples)
         if graph is None:
             batch = build_input_batch(packed, states)
             hidden = self._model.forward(
@@ -229,9 +232,6 @@ class ModelRunner:
                 packed, states, hidden, self._model.compute_logits
             )
         states.advance(packed.rows, packed.num_new_tokens)
-        if not packed.num_samples:
-            return
-        draws = None if graphs is None else graphs.choose_draws(packed.num_samples, hidden)
         if draws is None:
             self._sample_eagerly(packed, hidden, step)
         else:

@@ -63,25 +63,36 @@ def make_plan(
 
 
 class PlainRecorder:
-    """Stands in for CUDA graphs: a replay runs the function again."""
+    """Stands in for CUDA graphs: a replay runs the function again.
+
+    As with graphs, whatever runs may overwrite what another recording left.
+    """
 
     def __init__(self) -> None:
         self.num_rehearsed = 0
         self.num_recorded = 0
+        self._outs: list[torch.Tensor] = []
 
     def rehearse(self, run: Callable[[], torch.Tensor]) -> torch.Tensor:
         self.num_rehearsed += 1
+        self._overwrite()
         return run()
 
     def record(self, run: Callable[[], torch.Tensor]) -> Recording:
         self.num_recorded += 1
         out = torch.empty(0)
+        self._outs.append(out)
 
         def replay() -> None:
+            self._overwrite()
             result = run()
             out.resize_(result.shape).copy_(result)
 
         return Recording(out, replay)
+
+    def _overwrite(self) -> None:
+        for out in self._outs:
+            out.fill_(torch.nan)
 
 
 class Rig:
