@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from executor.model_config import RopeShape
 from kernels.qkv_rope_store import Rotation
-from kernels.rotary import apply_rotary, rotate_heads, widen_tables
+from kernels.rotary import rotate_heads, widen_tables
 
 
 class RotaryStep(NamedTuple):
@@ -37,16 +37,14 @@ class RotaryStep(NamedTuple):
 
     def rotate(self, qk: Tensor, num_heads: int) -> tuple[Tensor, Tensor]:
         """Turn ``qk`` [T, N + K, D], the queries' heads before the keys'; ``(q, k)``."""
-        if self.positions is None:
-            turned = rotate_heads(qk, self.cos, self.sin)
-            return turned[:, :num_heads], turned[:, num_heads:]
-        return self.rotate_pair(qk[:, :num_heads], qk[:, num_heads:])
+        assert self.positions is None, "the rows were not gathered"
+        turned = rotate_heads(qk, self.cos, self.sin)
+        return turned[:, :num_heads], turned[:, num_heads:]
 
     def rotate_pair(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """The same for queries and keys that are apart already."""
-        if self.positions is None:
-            return rotate_heads(q, self.cos, self.sin), rotate_heads(k, self.cos, self.sin)
-        return apply_rotary(q, k, self.cos, self.sin, self.positions)
+        assert self.positions is None, "the rows were not gathered"
+        return rotate_heads(q, self.cos, self.sin), rotate_heads(k, self.cos, self.sin)
 
     @property
     def rotation(self) -> Rotation:

@@ -12,7 +12,7 @@ from typing import TypeVar
 import pytest
 import torch
 
-from kernels import activation, gumbel, logits, logprobs, rms_norm, rotary, sampling
+from kernels import activation, gumbel, logits, logprobs, rms_norm, sampling
 from kernels.attention_step import Options
 from kernels.paged_attention import paged_attention, paged_attention_reference
 from kernels.qkv_rope_store import qkv_rope_store, qkv_rope_store_reference
@@ -105,23 +105,6 @@ def test_gated_activations(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     assert_close(silu.cpu(), activation.silu_and_mul_reference(x))
     assert_close(gelu.cpu(), activation.gelu_and_mul_reference(x, tanh=False))
     assert_close(gelu_tanh.cpu(), activation.gelu_and_mul_reference(x, tanh=True))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize(("head_dim", "half"), [(128, 64), (80, 40), (96, 16), (20, 6)])
-@pytest.mark.parametrize("T", [37, 0])
-def test_rotary(dtype: torch.dtype, interleaved: bool, head_dim: int, half: int, T: int) -> None:
-    q, k, _ = packed_qkv(T, 6, 2, head_dim, dtype=dtype, device="cuda")
-    angles = torch.arange(100).unsqueeze(1) * 0.5 ** torch.arange(half)
-    cos, sin, positions = angles.cos(), angles.sin(), torch.arange(T) * 13 % 100
-    tables = cos.cuda(), sin.cuda(), positions.cuda()
-
-    turned = without_waiting(lambda: rotary.apply_rotary(q, k, *tables, interleaved=interleaved))
-
-    expected = rotary.apply_rotary_reference(q.cpu(), k.cpu(), cos, sin, positions, interleaved)
-    assert_close(turned[0].cpu(), expected[0])
-    assert_close(turned[1].cpu(), expected[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

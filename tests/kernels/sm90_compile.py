@@ -25,7 +25,6 @@ from kernels import (
     prepare_inputs,
     qkv_rope_store,
     rms_norm,
-    rotary,
     sampling,
     skinny_gemm,
     store_kv_cache,
@@ -80,13 +79,9 @@ def compile_elementwise(dtype: torch.dtype) -> None:
     rms_norm.fused_add_rms_norm_triton(x, x, weight, 1e-5, 0.0)
     for act in (activation.SILU, activation.GELU, activation.GELU_TANH):
         activation.gated_triton(x, act)
-    q, cos = torch.zeros(3, 4, 64, dtype=dtype), torch.zeros(10, 32)
+    q = torch.zeros(3, 4, 64, dtype=dtype)
     positions = torch.zeros(3, dtype=torch.int64)
     compile_qkv(dtype)
-    for interleaved in (False, True):
-        for half in (32, 16):
-            table = cos[:, :half].contiguous()
-            rotary.apply_rotary_triton(q, q, table, table, positions, interleaved)
     cache = torch.zeros(2, 16, 4, 64, dtype=dtype)
     store_kv_cache.store_kv_cache_triton(q, q, cache, cache, positions)
 

@@ -27,7 +27,6 @@ KERNELS = {
     "_qkv_kernel",
     "_rank_kernel",
     "_rms_norm_kernel",
-    "_rotary_kernel",
     "_row_logprobs_kernel",
     "_scan_kernel",
     "_settle_kernel",
