@@ -307,13 +307,12 @@ Ready = TypeVar("Ready", DecodeGraph, DrawGraph)
 
 def take_away(graph: DecodeGraph | DrawGraph, staging: Staging) -> Tensor:
     """Queue the copy of what was drawn; returns the [2, size] int32 on the host."""
-    down = staging.down[: 2 * graph.size].view(2, graph.size)
-    return down.copy_(graph.views.result, non_blocking=True)
+    return staging.down_part(graph.size).copy_(graph.views.result, non_blocking=True)
 
 
 def _copy_staged(views: StepViews, staging: Staging) -> None:
-    end = views.staged_at + views.staged.shape[0]
-    views.staged.copy_(staging.up[views.staged_at : end], non_blocking=True)
+    part = staging.up_part(views.staged_at, views.staged_to)
+    views.staged.copy_(part, non_blocking=True)
 
 
 def _replay(recording: Recording | None) -> Tensor:

@@ -113,7 +113,7 @@ class PendingStep:
         output = ModelRunnerOutput(
             step_id=self.step_id,
             sampled_token_ids=token_ids,
-            logprobs=self._row_logprobs(chosen),
+            logprobs=self._row_logprobs(chosen) if chosen or self.prompt_logprobs else [],
             nan_rows=nan_rows,
             logits_rows=logits_refs,
             device_time_s=self.device_time_s,

@@ -31,7 +31,8 @@ class Staging:
         self.up = torch.zeros(_num_staged(max_requests), dtype=torch.int32, pin_memory=is_cuda)
         self.down = torch.zeros(2 * max_requests, dtype=torch.int32, pin_memory=is_cuda)
         self.up_array: NDArray[np.int32] = self.up.numpy()
-        self.down_array: NDArray[np.int32] = self.down.numpy()
+        self._ups: dict[tuple[int, int], Tensor] = {}  # views: making one takes as long as a copy
+        self._downs: dict[int, Tensor] = {}
         self.started: torch.cuda.Event | None = None
         self.finished: torch.cuda.Event | None = None
         if is_cuda:
@@ -39,6 +40,20 @@ class Staging:
                 torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
                 for _ in range(2)
             )
+
+    def up_part(self, start: int, end: int) -> Tensor:
+        """Those entries of what travels up."""
+        part = self._ups.get((start, end))
+        if part is None:
+            part = self._ups[start, end] = self.up[start:end]
+        return part
+
+    def down_part(self, size: int) -> Tensor:
+        """[2, size]: room for what ``size`` requests drew."""
+        part = self._downs.get(size)
+        if part is None:
+            part = self._downs[size] = self.down[: 2 * size].view(2, size)
+        return part
 
 
 class StagingPool:
@@ -74,7 +89,8 @@ class StepViews:
     """One size of recorded step: its part of the buffers."""
 
     staged: Tensor  # [n] int32: all that the host brings
-    staged_at: int  # where it starts, on the device and in a staging
+    staged_at: int  # where that starts, on the device and in a staging
+    staged_to: int  # where it ends
     requests: Requests  # in ``staged``; a decode step's queries start at fixed places
     inputs: PackedInputs
     draws: Draws
@@ -183,6 +199,7 @@ class StepBuffers:
         return StepViews(
             staged=self._staged[slice(*staged)],
             staged_at=staged[0],
+            staged_to=staged[1],
             requests=requests,
             inputs=PackedInputs(
                 inputs.token_ids[:num_tokens],
