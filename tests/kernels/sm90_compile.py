@@ -146,25 +146,22 @@ def compile_step_inputs() -> None:
 
 
 def compile_skinny_products() -> None:
-    """Every pinned tile, at the most rows that it serves, and one wide tile whatever is pinned."""
-    wide = (True, 128, 64, 1, 2, 8, 4, 2)
-    vector = (False, 2, 512, 1, 1, 4, 1, 1)
+    """Every pinned tile once, at the most rows that it serves, and two whatever is pinned."""
     tables = skinny_gemm.skinny_gemm_h200
-    wanted: dict[tuple[object, ...], int] = {(False, 4096, vector): 2}
+    wanted = {
+        (False, 2, 512, 1, 1, 4, 1, 1): (2, False),
+        (True, 128, 64, 1, 2, 8, 4, 2): (64, True),
+    }
     for gated, table in ((False, tables.PLAIN), (True, tables.GATED)):
-        wanted[gated, 4096, wide] = 64
-        for (_, K), entries in table.items():
-            for rows, tile in entries.items():
-                if tile is not None:
-                    wanted[gated, K if not tile[0] else 4096, tile] = rows
-    for (gated, K, tile), rows in wanted.items():
-        x = torch.empty(rows, K, dtype=torch.bfloat16)
-        weight = torch.empty(4096, K, dtype=torch.bfloat16)
-        options = {"tile": skinny_gemm.Tile._make(tile)}
+        for entries in table.values():
+            wanted |= {tile: (rows, gated) for rows, tile in entries.items() if tile is not None}
+    weight = torch.empty(4096, 4096, dtype=torch.bfloat16)
+    for values, (rows, gated) in wanted.items():
+        x, tile = weight[:rows], skinny_gemm.Tile._make(values)
         if gated:
-            skinny_gemm.skinny_gated(x, weight, activation=activation.SILU, **options)
+            skinny_gemm.skinny_gated(x, weight, activation=activation.SILU, tile=tile)
         else:
-            skinny_gemm.skinny_linear(x, weight, **options)
+            skinny_gemm.skinny_linear(x, weight, tile=tile)
 
 
 def main() -> None:
