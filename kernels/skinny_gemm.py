@@ -10,8 +10,9 @@ the programs of a tile leave float32 partial sums, and the last to arrive adds t
 no result depends on timing, and with one tile a row's result does not depend on its mates; between
 tiles, which are picked by the number of rows, the order of additions differs.
 
-The weight is what nobody writes, so its first tile is read before waiting for the kernel before
-(``dependent_launch``): kernels in a row read weights without a pause.
+The weight is what nobody writes, so its first tiles are read, or called into the L2 cache, before
+waiting for the kernel before (``dependent_launch``): kernels in a row read weights with hardly a
+pause, if the tiles leave room for the next kernel's programs.
 Which tile is fastest, and where cuBLAS is, was measured: ``tuning/skinny_gemm_h200.py``.
 Shapes: M rows, K input features, N weight rows; the gated form gives I = N / 2 features.
 """
