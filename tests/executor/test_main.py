@@ -1,5 +1,7 @@
 """What a worker process settles before torch is there, and what its loop does between messages."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -21,6 +23,35 @@ def test_threads_spin_for_a_short_time_unless_the_user_decided(
 ) -> None:
     limit_spinning(given)
     assert given == expected
+
+
+FAULTS = """
+import ctypes, resource, sys
+from executor.__main__ import keep_freed_memory
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for _ in range(3):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [libc.malloc(8 << 20) for _ in range(12)]
+    for block in blocks:
+        libc.memset(block, 1, 8 << 20)
+    for block in blocks:
+        libc.free(block)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_memory_of_one_step_serves_the_next_without_the_kernel() -> None:
+    faults = {
+        way: int(subprocess.check_output([sys.executable, "-c", FAULTS, way], text=True))
+        for way in ("keep", "leave")
+    }
+
+    assert faults["keep"] < 100 < faults["leave"]
 
 
 class ScriptedChannel:
