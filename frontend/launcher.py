@@ -169,7 +169,7 @@ class ProgressLine:
     def __init__(self) -> None:
         self._is_bar = sys.stderr.isatty()
         self._bar: Any = None  # a tqdm bar, imported when one is shown
-        self._phase = "starting"  # processes, and what they import
+        self._phase = "starting"  # the processes
         self._phase_began_s = time.monotonic()
 
     def show(self, progress: LoadProgress) -> None:

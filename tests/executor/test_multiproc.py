@@ -74,7 +74,7 @@ def test_a_start_reports_progress_and_readiness() -> None:
     assert (ready.vocab_size, ready.model_digest) == (VOCAB_SIZE, "fake")
     assert ready.pid == executor.pids[0]
     assert set(ready.phases_s) == {"device", "loading weights", "memory", "warming up"}
-    assert progress[0].phase == "starting"
+    assert progress[0].phase == "importing"
     assert {"loading weights", "warming up"} <= {part.phase for part in progress}
     assert not psutil.pid_exists(ready.pid)
     executor.shutdown()
