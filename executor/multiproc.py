@@ -40,7 +40,6 @@ from ipc.tensors import Frames
 SHUTDOWN_S = 5.0  # for a worker to end by itself
 KILL_S = 10.0  # for the kernel to end it
 _LOOK_S = 1.0  # how often to look whether silent workers are stuck
-_LOOK_AGAIN_S = 0.02  # between two looks at the processes while there is traffic
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +62,6 @@ class MultiprocExecutor:
         self._last_call_id = 0
         self._last_words: WorkerError | None = None
         self._dead: EngineDeadError | None = None
-        self._next_look_s = 0.0
         self._on_progress: OnProgress | None = None
 
     @property
@@ -186,8 +184,7 @@ class MultiprocExecutor:
 
     def _look_now_and_then(self) -> None:
         """Check the workers if that was not done a moment ago: it costs a system call for each."""
-        if (now_s := time.monotonic()) >= self._next_look_s or self._last_words is not None:
-            self._next_look_s = now_s + _LOOK_AGAIN_S
+        if self._last_words is not None or self._steps.is_look_due():
             self.check_health()
 
     def shutdown(self) -> None:

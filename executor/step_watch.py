@@ -14,6 +14,7 @@ from ipc.messages import ModelRunnerOutput
 from ipc.tensors import Frames
 
 LOOK_AFTER_S = 1.0  # an answer that is due for less raises no question
+LOOK_AGAIN_S = 0.02  # between two looks while there is traffic
 _MOVED_S = 0.05  # processor time that shows a worker at work
 
 Answer = tuple[ModelRunnerOutput, Frames]
@@ -50,6 +51,7 @@ class StepWatch:
         self._counts_processor_time = counts_processor_time
         self._num_due = 0
         self._due_since_s = 0.0
+        self._next_look_s = 0.0
         self._processor_s: float | None = None  # of all workers; None: not looked at since then
         self._answers: deque[Answer] = deque()
 
@@ -72,6 +74,14 @@ class StepWatch:
     def take(self) -> Answer | None:
         """The oldest answer that nobody has taken yet."""
         return self._answers.popleft() if self._answers else None
+
+    def is_look_due(self) -> bool:
+        """Whether the workers were not looked at a moment ago; then they are taken to be now."""
+        now_s = self._clock()
+        if now_s < self._next_look_s:
+            return False
+        self._next_look_s = now_s + LOOK_AGAIN_S
+        return True
 
     def describe_stuck(self, workers: Sequence[Watched]) -> str | None:
         """Who keeps an answer back for too long, as a sentence; None while all is well."""

@@ -118,3 +118,11 @@ def test_a_limit_of_zero_waits_for_ever() -> None:
     watch, clock = make_watch(0.0)
     watch.expect()
     assert pass_time(watch, clock, FakeWorker(), 10_000) is None
+
+
+def test_looks_keep_apart() -> None:
+    watch, clock = make_watch()
+    assert watch.is_look_due()
+    assert not watch.is_look_due()
+    clock.now_s += 0.03
+    assert watch.is_look_due()
