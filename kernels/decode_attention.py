@@ -25,6 +25,7 @@ from kernels.attend_keys import fold_in, load_keys, loop_constants, no_keys, pad
 from kernels.attention_step import Options, Step, StepMemo
 
 _NUM_HEADER = tl.constexpr(2)
+_MERGED_AT_ONCE = 2048  # values of parts, for each warp
 
 
 class DecodeTiles(NamedTuple):
@@ -37,14 +38,14 @@ class DecodeTiles(NamedTuple):
     min_share: int = 64  # keys of a program; with fewer the merging costs more than it saves
 
 
-def tiles_for(head_dim: int, item_size: int) -> DecodeTiles:
-    """The pinned choice for a head size and dtype."""
+def tiles_for(head_dim: int, item_size: int, num_requests: int) -> DecodeTiles:
+    """The pinned choice: with few requests the way to the first result counts, else the rate."""
     row_bytes = max(16, triton.next_power_of_2(head_dim)) * item_size
     if item_size == 4:  # no tensor cores at full precision: large tiles only swell the code
         return DecodeTiles(32 if row_bytes <= 512 else 16, 4, 2, 2)
     if row_bytes > 256:
         return DecodeTiles(max(16, 16384 // row_bytes), 8 if row_bytes > 512 else 4, 2, 2)
-    return DecodeTiles(64, 4, 4, 2)
+    return DecodeTiles(64, 2, 3, 2) if num_requests <= 4 else DecodeTiles(32, 2, 3, 4)
 
 
 def decode_attention_triton(
@@ -72,7 +73,7 @@ def decode_attention_triton(
         out = torch.empty((T, N, D), dtype=q.dtype, device=q.device)
     if T == 0 or B == 0 or N == 0:
         return out
-    tiles = tiles or tiles_for(D, q.element_size())
+    tiles = tiles or tiles_for(D, q.element_size(), B)
     programs = num_programs or _num_multiprocessors(q.device) * tiles.programs_per_sm
     plan_of = PlanKey(K, programs, tiles.num_keys, tiles.min_share, options.sliding_window)
     plan, is_first = _shared_plan(step, plan_of, memo)
@@ -100,7 +101,7 @@ def decode_attention_triton(
         ROWS=max(16, padded_group),
         PADDED_GROUP=padded_group,
         BLOCK_B=padded_batch(B),
-        MERGE=max(1, min(64, 2048 * tiles.num_warps // (padded_group * block_d))),
+        MERGE=max(1, min(64, _MERGED_AT_ONCE * tiles.num_warps // (padded_group * block_d))),
         PDL=not interpret,
         **loop_constants(key_cache, group, options, block_d, tiles.num_keys),
         num_warps=tiles.num_warps,
@@ -270,15 +271,14 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     INTERPRET: tl.constexpr,
 ):
     line = plan_ptr + _NUM_HEADER, num_requests + 1
-    table = block_table_ptr, block_table_stride
+    caches, table = (key_cache_ptr, value_cache_ptr), (block_table_ptr, block_table_stride)
     window = sliding_window, HAS_WINDOW
     share = tl.load(plan_ptr)
     first_tile = tl.program_id(0) * share
     r, kv_head, t = _find(line[0], first_tile, num_requests, NUM_KV_HEADS, BLOCK_B)
     first_row, first_t = r * NUM_KV_HEADS + kv_head, t
     size, seq_len, token, positions, ids = _look_up(line, r, t, table, window, BLOCK_SIZE, BLOCK_N)
-    num_tiles = _num_tiles(seq_len, window, BLOCK_N)
-    end_tile = _end_range(plan_ptr, first_tile, first_tile - t, size, num_tiles)
+    end_tile = _end_range(plan_ptr, first_tile, t, size, _num_tiles(seq_len, window, BLOCK_N))
     largest, total, out = no_keys(ROWS, BLOCK_D)
     # What was read so far is older than the kernel before this one: the step's first launch
     # waited for the plan to be complete, and no later launch overtakes that one.
@@ -288,7 +288,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     for tile in range(first_tile, end_tile):
         live = positions < seq_len
         k, v = load_keys(
-            (key_cache_ptr, value_cache_ptr),
+            caches,
             ids,
             positions,
             live,
@@ -354,13 +354,13 @@ def _find(starts_ptr, tile, num_requests, NUM_KV_HEADS: tl.constexpr, BLOCK_B: t
 
 
 @triton.jit
-def _end_range(plan_ptr, first_tile, start, length, num_tiles):  # type: ignore[no-untyped-def]
+def _end_range(plan_ptr, first_tile, t, length, num_tiles):  # type: ignore[no-untyped-def]
     """Where the range that begins at ``first_tile`` has no more to do.
 
     Aligned ranges may have nothing at their end: a stretch is rounded up to whole ones then.
     """
     end_tile = tl.minimum(first_tile + tl.load(plan_ptr), tl.load(plan_ptr + 1))
-    return tl.where(length > num_tiles, tl.minimum(end_tile, start + num_tiles), end_tile)
+    return tl.where(length > num_tiles, tl.minimum(end_tile, first_tile - t + num_tiles), end_tile)
 
 
 @triton.jit

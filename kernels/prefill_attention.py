@@ -19,6 +19,8 @@ from kernels.attend_keys import fold_in, load_keys, loop_constants, no_keys, pad
 from kernels.attention_step import Options, Step
 from kernels.cudnn_attention import GRAIN, MIN_QUERIES, num_served
 
+_MANY_ROWS = 4096
+
 
 class PrefillTiles(NamedTuple):
     """How a launch is cut."""
@@ -29,8 +31,8 @@ class PrefillTiles(NamedTuple):
     num_stages: int
 
 
-def tiles_for(head_dim: int, item_size: int) -> PrefillTiles:
-    """The pinned choice for a head size and dtype."""
+def tiles_for(head_dim: int, item_size: int, num_rows: int) -> PrefillTiles:
+    """The pinned choice; large tiles pay where there are enough of them for all programs."""
     row_bytes = max(16, triton.next_power_of_2(head_dim)) * item_size
     if item_size == 4:  # no tensor cores at full precision: large tiles only swell the code
         rows = 32 if row_bytes <= 1024 else 16
@@ -38,7 +40,9 @@ def tiles_for(head_dim: int, item_size: int) -> PrefillTiles:
     if row_bytes > 256:
         rows = 64 if row_bytes <= 512 else 32
         return PrefillTiles(rows, max(16, 16384 // row_bytes), 8, 2)
-    return PrefillTiles(64, 64, 4, 3)
+    if row_bytes == 256 and num_rows >= _MANY_ROWS:
+        return PrefillTiles(128, 128, 8, 2)
+    return PrefillTiles(64, 64, 4, 2)
 
 
 def prefill_attention_triton(
@@ -67,8 +71,8 @@ def prefill_attention_triton(
         out = torch.empty((T, N, D), dtype=q.dtype, device=q.device)
     if T == 0 or B == 0 or N == 0:
         return out
-    tiles = tiles or tiles_for(D, q.element_size())
     group, interpret = N // K, knobs.runtime.interpret
+    tiles = tiles or tiles_for(D, q.element_size(), T * group)
     rows = min(tiles.max_rows, triton.next_power_of_2(step.max_query_len * group))
     rows = max(16, rows, triton.next_power_of_2(group))
     queries = rows // group  # per tile
@@ -259,7 +263,7 @@ def _attend(  # type: ignore[no-untyped-def]
             ids = tl.load(block_ids_ptr + ahead // BLOCK_SIZE, ahead < end, other=0)
             seen = None
             if is_masked:
-                seen = live[None, :] & (positions[None, :] <= query_positions[:, None])
+                seen = positions[None, :] <= query_positions[:, None]
             if is_masked and HAS_WINDOW:
                 seen = seen & (positions[None, :] > query_positions[:, None] - options[2])
             state = largest, total, out
