@@ -51,7 +51,7 @@ def token_logprobs_reference(logits: Tensor, token_ids: Tensor, k: int) -> Token
     """The definition."""
     logprobs = torch.log_softmax(logits, dim=1)
     chosen = logprobs.gather(1, token_ids.unsqueeze(1))
-    rank = (logprobs > chosen).sum(dim=1) + 1
+    rank = (logits > logits.gather(1, token_ids.unsqueeze(1))).sum(dim=1) + 1
     top = torch.topk(logprobs, k, dim=1)
     return chosen.squeeze(1), rank, top.indices, top.values
 

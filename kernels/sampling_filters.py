@@ -29,7 +29,7 @@ _MAX_GROUPS = 8192
 _MAX_RANK = 2048  # tokens that are looked for among the groups' maxima
 _FEW = 512  # tokens that are compared each with each
 _MAX_FOUND = 4096  # tokens that are settled in registers
-_DEPTH = 16  # tokens of a lane that are collected at once
+_DEPTH = 8  # tokens of a lane that are collected at once
 # Columns of a table, which lie anywhere: their alignment must not make another variant.
 _COLUMNS = ["temperature_ptr", "top_k_ptr", "top_p_ptr", "min_p_ptr"]
 
@@ -378,15 +378,21 @@ def _collect_kernel(  # type: ignore[no-untyped-def]
             counts += (x >= floor).to(tl.int32)
         num_found = tl.sum(counts, axis=0)
         if num_found > 0:
-            first = tl.atomic_add(counts_ptr + row, num_found, sem="relaxed")
-            place = row * MAX_FOUND + first + tl.cumsum(counts, axis=0) - counts
-            end = (row + 1) * MAX_FOUND
+            # Additions to one counter queue up: a few may, more get their places from one.
+            is_few = num_found <= 8
+            place = tl.zeros((LANES,), tl.int32)
+            if not is_few:
+                first = tl.atomic_add(counts_ptr + row, num_found, sem="relaxed")
+                place += first + tl.cumsum(counts, axis=0) - counts
             for i in tl.static_range(DEPTH):
                 token_ids = lanes + i * LANES
                 x = tl.load(row_ptr + token_ids, token_ids < V, other=float("-inf")) * scale
                 is_found = x >= floor
-                tl.store(found_ptr + place, x, is_found & (place < end))
-                tl.store(found_ids_ptr + place, token_ids, is_found & (place < end))
+                if is_few:
+                    place = tl.atomic_add(counts_ptr + row + 0 * lanes, 1, is_found, sem="relaxed")
+                has_room = is_found & (place < MAX_FOUND)
+                tl.store(found_ptr + row * MAX_FOUND + place, x, has_room)
+                tl.store(found_ids_ptr + row * MAX_FOUND + place, token_ids, has_room)
                 place += is_found.to(tl.int32)
 
 
