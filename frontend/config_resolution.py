@@ -13,7 +13,11 @@ import psutil
 
 from frontend.context_length import check_rope_scaling, choose_max_model_len, text_config
 from frontend.devices import choose_device
-from frontend.feature_checks import check_features, check_quantization_method
+from frontend.feature_checks import (
+    check_features,
+    check_quantization_device,
+    check_quantization_method,
+)
 from frontend.model_files import check_custom_code, check_weights, find_directory
 from frontend.tokenizer_config import read_json, read_tokenizer_config
 from ipc.config import (
@@ -50,6 +54,7 @@ def resolve_engine_config(config: EngineConfig, *, is_here: bool = True) -> Engi
     """
     check_features(config)
     device_config = resolve_device(config.device_config, is_here=is_here)
+    check_quantization_device(config.model_config.quantization, device_config.device)
     model_config = resolve_model_config(config.model_config, config.load_config, device_config)
     return replace(
         config,

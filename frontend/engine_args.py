@@ -124,7 +124,7 @@ class EngineArgs:
     )
     tokenizer_revision: str | None = flag(None, help="branch, tag or commit of the tokenizer")
     quantization: str | None = flag(
-        None, aliases=("-q",), help="how weights are quantized; unset: as the checkpoint says"
+        None, aliases=("-q",), help="int8: quantized while loading, on a CPU"
     )
     enforce_eager: bool = flag(False, help="capture no CUDA graphs")
     max_context_len_to_capture: int | None = flag(

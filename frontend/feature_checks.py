@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from frontend.engine_flags import as_json_object
 from ipc.config import (
+    INT8,
     CacheConfig,
     DecodingConfig,
     EngineConfig,
@@ -33,6 +34,7 @@ QUANTIZATION_METHODS = (
     "gptq",
     "gptq_marlin",
     "gptq_marlin_24",
+    INT8,
     "marlin",
     "sparseml",
     "squeezellm",
@@ -185,8 +187,17 @@ def check_quantization_method(method: str, where: str) -> None:
         )
     raise ConfigError(
         f"{where}: {method} is not available in this version, which runs unquantized "
-        f"checkpoints only (float32, float16, bfloat16)"
+        f"checkpoints only (float32, float16, bfloat16), on a CPU also with --quantization {INT8}"
     )
+
+
+def check_quantization_device(method: str | None, device: str) -> None:
+    """Refuse a method that the device, once chosen, does not run."""
+    if method == INT8 and device != "cpu":
+        raise ConfigError(
+            f"--quantization {INT8} runs on the CPU only, and this engine is to use {device}: "
+            f"leave it out, or pass --device cpu"
+        )
 
 
 def _check_parallel(config: ParallelConfig) -> None:
@@ -257,7 +268,7 @@ def _check_cache(config: CacheConfig) -> None:
 
 def _check_quantization(config: EngineConfig) -> None:
     method = config.model_config.quantization
-    if method is not None:
+    if method not in (None, INT8):
         check_quantization_method(method, "--quantization")
     if config.model_config.quantization_param_path is not None:
         raise ConfigError(

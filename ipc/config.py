@@ -16,6 +16,7 @@ from ipc.errors import ConfigError
 
 BLOCK_SIZES = (8, 16, 32)
 DTYPES = ("float32", "float16", "bfloat16")
+INT8 = "int8"  # the one --quantization that is available: made while loading, on a CPU
 LOAD_FORMATS = ("auto", "safetensors", "pt", "npcache", "dummy")
 
 

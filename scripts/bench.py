@@ -72,6 +72,7 @@ def add_ad_hoc_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="tiny", help="model directory, or a name of ours")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantization", help="int8: on a CPU")
     parser.add_argument("--load-format", help="dummy: random weights of the shape")
     parser.add_argument("--max-model-len", type=int, default=None)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32], help="latency: sizes")
@@ -110,6 +111,7 @@ def engine_options(args: argparse.Namespace, max_num_seqs: int) -> dict[str, Any
         "model": str(model.path),
         "device": args.device,
         "dtype": args.dtype,
+        "quantization": args.quantization,
         "load_format": args.load_format or model.load_format,
         "max_model_len": args.max_model_len,
         "max_num_seqs": max_num_seqs,
@@ -173,6 +175,8 @@ def run_serve(args: argparse.Namespace, report: "Report") -> None:
     model = find_model(args.model)
     flags = ["--model", str(model.path), "--dtype", args.dtype, "--device", args.device]
     flags += ["--load-format", args.load_format or model.load_format, "--disable-log-requests"]
+    if args.quantization:
+        flags += ["--quantization", args.quantization]
     if args.max_model_len:
         flags += ["--max-model-len", str(args.max_model_len)]
     with Server(flags, args.port) as server:

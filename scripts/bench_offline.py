@@ -8,6 +8,7 @@ import itertools
 import statistics
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from bench_workload import Work
@@ -170,9 +171,13 @@ def measure_hugging_face(model_path: str, dtype: str, device: str, work: Work) -
     end was not asked for and does not count.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype))
+    if any(Path(model_path).glob("*.safetensors")):
+        model = AutoModelForCausalLM.from_pretrained(model_path, dtype=getattr(torch, dtype))
+    else:  # a shape alone: random weights, as ours are then
+        config = AutoConfig.from_pretrained(model_path)
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     model = model.to(device).eval()
     width = max(len(prompt) for prompt in work.prompts)
     ids = torch.full((len(work.prompts), width), 3, dtype=torch.long)

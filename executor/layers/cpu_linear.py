@@ -47,7 +47,7 @@ _TILES = (64, 32, 16, 8)
 _PROBED_OUTPUTS = 8192  # at most: beyond that there are only more blocks of outputs
 _DISTINCT_OUTPUTS = 128  # the others repeat them: making random numbers takes as long as trying
 _FIXED_TILE = 16
-_WIDEST_TILE = 512  # from 256 rows on, more at once gain nothing
+WIDEST_TILE = 512  # from 256 rows on, more at once gain nothing
 
 
 def pack(weight: Tensor, bias: Tensor | None, *, deterministic: bool) -> Run:
@@ -58,13 +58,13 @@ def pack(weight: Tensor, bias: Tensor | None, *, deterministic: bool) -> Run:
     """
     forms = _forms(weight.dtype)
     if not deterministic:
-        return _in_tiles(forms[0](weight, bias), _WIDEST_TILE)
+        return in_tiles(forms[0](weight, bias), WIDEST_TILE)
     shape = (min(weight.shape[0], _PROBED_OUTPUTS), weight.shape[1])
     choice = _choose(shape, weight.dtype, torch.get_num_threads())
     run = forms[choice.form](weight, bias)
     if choice.tile == 0:
         return fixed_tiles(run, _FIXED_TILE)
-    return _in_tiles(run, choice.tile, smallest=1 if choice.one_row_agrees else 2)
+    return in_tiles(run, choice.tile, smallest=1 if choice.one_row_agrees else 2)
 
 
 class Choice(NamedTuple):
@@ -138,7 +138,7 @@ def _plain(weight: Tensor, bias: Tensor | None) -> Run:
     return lambda x: nn.functional.linear(x, weight, bias)
 
 
-def _in_tiles(run: Run, tile: int, smallest: int = 1) -> Run:
+def in_tiles(run: Run, tile: int, smallest: int = 1) -> Run:
     """Multiply up to ``tile`` rows at once, in few different sizes, none below ``smallest``."""
 
     def one_tile(x: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class UnquantizedLinearMethod:
         weight, bias = layer.weight, layer.run_bias()
         assert weight is not None, "the weight was already packed"
         if weight.device.type == "cpu":
-            layer.weight = None
+            layer.weight, layer.packed_bytes = None, weight.nbytes
             return pack(weight.data, bias, deterministic=self.deterministic)
 
         if self.deterministic:
@@ -98,6 +98,7 @@ class Linear(nn.Module):
         self.sharding: dict[str, Sharding] = {}
         self.weight: nn.Parameter | None = None
         self.bias: nn.Parameter | None = None
+        self.packed_bytes = 0  # of a weight that was packed, and so is no parameter any more
         self.method = factory.linear_method
         self.method.create_weights(self, factory.dtype)
         self.run: Run = _not_loaded

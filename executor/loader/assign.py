@@ -7,12 +7,15 @@ says which ranges; the model's ``packed_modules`` which checkpoint tensors lie i
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from executor.layers.sharding import Sharding
 from executor.loader.sources import Ranges, TensorSource, TransposedSource
 from executor.models.interface import CheckpointNames, PackedModules
 from ipc.errors import EngineStartError
+
+OnFilled = Callable[[str], None]
+Copy = Callable[[Tensor, Tensor], object]  # target, values
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +41,20 @@ class WeightAssigner:
             for index, part in enumerate(parts)
         }
         self._filled: set[tuple[str, int]] = set()
+        self._on_filled: OnFilled | None = None
         self._problems: list[str] = []
+        self._copy: Copy = Tensor.copy_
+
+    def copy_by(self, copy: Copy) -> None:
+        """Have values copied by this function, which may be done with it later."""
+        self._copy = copy
+
+    def tell_when_filled(self, on_filled: OnFilled) -> None:
+        """Have ``fill_all`` pass on each parameter's name when it is complete, and forget it.
+
+        So whoever is told may replace the parameter and let its memory go.
+        """
+        self._on_filled = on_filled
 
     def slot_of(self, checkpoint_name: str) -> Slot | None:
         """Where a checkpoint tensor goes; None when the model has no use for it."""
@@ -91,7 +107,7 @@ class WeightAssigner:
         parameter = self._parameters[slot.parameter]
         sharding = self._shardings[slot.parameter]
         if sharding is None:
-            parameter.data.copy_(source.read(_whole(source.shape)))
+            self._copy(parameter.data, source.read(_whole(source.shape)))
             return
         if sharding.padded:
             parameter.data.zero_()
@@ -103,9 +119,8 @@ class WeightAssigner:
             ranges = list(_whole(source.shape))
             ranges[sharding.dim] = slice(start, start + part.length)
             values = source.read(tuple(ranges))
-            parameter.data.narrow(sharding.dim, sharding.target_start(index), part.length).copy_(
-                values
-            )
+            place = sharding.target_start(index)
+            self._copy(parameter.data.narrow(sharding.dim, place, part.length), values)
 
     def _fill(self, slot: Slot, source: TensorSource, checkpoint_name: str) -> None:
         if slot.parameter not in self._parameters:
@@ -124,6 +139,13 @@ class WeightAssigner:
             return
         self._filled |= marks
         self.fill(slot, source)
+        name = slot.parameter
+        whole = {(name, i) for i in self._parts_of(Slot(name, None))}
+        if self._on_filled is not None and whole <= self._filled:
+            self._parameters[name] = nn.Parameter(
+                self._parameters[name].to("meta"), requires_grad=False
+            )
+            self._on_filled(name)
 
     def _is_tied_head(self, parameter: str) -> bool:
         """A tied head has no weight of its own; some checkpoints repeat the embedding there."""
@@ -158,6 +180,12 @@ def _sharding(model: nn.Module, parameter: str) -> Sharding | None:
 
 def _whole(shape: tuple[int, ...]) -> Ranges:
     return tuple(slice(0, size) for size in shape)
+
+
+def weights_bytes(model: nn.Module) -> int:
+    """Bytes of all weights on this rank, as they lie in memory, packed ones included."""
+    packed: int = sum(getattr(module, "packed_bytes", 0) for module in model.modules())
+    return parameter_bytes(model) + packed
 
 
 def parameter_bytes(model: nn.Module) -> int:

@@ -9,21 +9,25 @@ import importlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from executor.layers.linear import LayerFactory, UnquantizedLinearMethod
-from executor.loader.assign import WeightAssigner, parameter_bytes
+from executor.layers.linear import LayerFactory, LinearMethod, UnquantizedLinearMethod
+from executor.loader.assign import WeightAssigner, weights_bytes
 from executor.loader.checkpoint import open_checkpoint
+from executor.loader.copier import Copier, PinnedLane
 from executor.loader.sources import DummySource, TensorSource
 from executor.model_config import ModelShape
 from executor.models import registry
 from executor.models.interface import CausalLM
 from executor.parallel import TensorParallel
-from ipc.config import LoadConfig, ModelConfig
+from executor.quantization import int8_dynamic
+from executor.quantization.int8_dynamic import Int8LinearMethod
+from ipc.config import INT8, LoadConfig, ModelConfig
 from ipc.errors import ConfigError
 
 OnProgress = Callable[[str, int, int], None]  # stage, bytes done, bytes in all
@@ -62,6 +66,8 @@ def load_model(
             f"--model-loader-extra-config: the loader of --load-format {load_config.load_format} "
             f"takes no options, got {', '.join(unknown)}"
         )
+    if model_config.quantization == INT8:
+        int8_dynamic.check_supported(device)
     if not registry.is_native(model_config.hf_config):
         return _load_fallback(model_config, load_config, device, tp, on_progress)
     shape, _ = _shape_and_dtype(model_config)
@@ -71,26 +77,33 @@ def load_model(
     if load_config.load_format == "dummy":
         lines = fill_with_dummies(assigner, model_config.seed, device, on_progress)
     else:
-        lines = _fill_from_files(assigner, model_config, load_config, on_progress)
-    weights_bytes = parameter_bytes(model)
+        if model_config.quantization == INT8:
+            assigner.tell_when_filled(int8_dynamic.finish_when_filled(model, device))
+        lines = _fill_from_files(assigner, model_config, load_config, device, on_progress)
     finish_model(model, device)
-    return LoadedModel(model, weights_bytes, _digest(model_config.hf_config, lines))
+    return LoadedModel(model, weights_bytes(model), _digest(model_config.hf_config, lines))
 
 
 def build_model(model_config: ModelConfig, shape: ModelShape, tp: TensorParallel) -> Any:
     """An architecture of our own in ``shape``, on the meta device: nothing is allocated."""
     _, dtype = _shape_and_dtype(model_config)
-    method = UnquantizedLinearMethod(deterministic=bool(model_config.deterministic))
     with torch.device("meta"):
         model_class = registry.resolve(model_config.hf_config)
-        return model_class(shape, LayerFactory(tp, dtype, method))
+        return model_class(shape, LayerFactory(tp, dtype, _linear_method(model_config)))
+
+
+def _linear_method(model_config: ModelConfig) -> LinearMethod:
+    if model_config.quantization == INT8:
+        return Int8LinearMethod()
+    return UnquantizedLinearMethod(deterministic=bool(model_config.deterministic))
 
 
 def finish_model(model: nn.Module, device: torch.device) -> None:
     """Every parameter is in place: let the layers choose how they compute."""
     for module in model.modules():
         finish = getattr(module, "finish_loading", None)
-        if finish is not None:
+        is_packed = getattr(module, "packed_bytes", 0) > 0  # while the others were still loading
+        if finish is not None and not is_packed:
             finish(device)
     model.eval().requires_grad_(False)
 
@@ -111,8 +124,9 @@ def _allocate(model: nn.Module, device: torch.device) -> None:
 
 def _shape_and_dtype(model_config: ModelConfig) -> tuple[ModelShape, torch.dtype]:
     in_config = model_config.hf_config.get("quantization_config") or {}
-    method = model_config.quantization or in_config.get("quant_method")
-    if method is not None:
+    in_checkpoint = in_config.get("quant_method")
+    method = in_checkpoint or model_config.quantization
+    if in_checkpoint is not None or method not in (None, INT8):
         raise ConfigError(
             f"--quantization {method} is not supported by this version, nor are checkpoints in it"
         )
@@ -167,6 +181,7 @@ def _fill_from_files(
     assigner: WeightAssigner,
     model_config: ModelConfig,
     load_config: LoadConfig,
+    device: torch.device,
     on_progress: OnProgress,
 ) -> list[str]:
     checkpoint = open_checkpoint(Path(model_config.model_path), load_config)
@@ -178,7 +193,12 @@ def _fill_from_files(
         done += _weight(checkpoint.tensors[name])
         on_progress("weights", done, total)
 
-    assigner.fill_all(checkpoint.tensors, on_tensor)
+    if device.type == "cpu":
+        assigner.fill_all(checkpoint.tensors, on_tensor)
+    else:
+        with Copier(partial(PinnedLane, device)) as copier:
+            assigner.copy_by(copier.copy)
+            assigner.fill_all(checkpoint.tensors, on_tensor)
     return checkpoint.fingerprint()
 
 

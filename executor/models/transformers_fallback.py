@@ -22,9 +22,11 @@ from torch import Tensor, nn
 
 from executor.attention_metadata import AttentionMetadata, KVCacheSpec, LayerKVCache
 from executor.layers.cpu_linear import Run, fixed_tiles, pack
+from executor.loader.assign import weights_bytes
 from executor.model_config import ModelShape
 from executor.models.interface import CheckpointNames, PackedModules
-from ipc.config import ModelConfig
+from executor.quantization.int8_dynamic import quantize, quantized_bytes
+from ipc.config import INT8, ModelConfig
 from ipc.errors import ConfigError, EngineStartError
 from kernels.paged_attention import paged_attention
 from kernels.store_kv_cache import store_kv_cache
@@ -46,20 +48,30 @@ class _Step:
     windows: dict[int, int | None] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How dense layers multiply."""
+
+    is_int8: bool
+    is_deterministic: bool
+
+
 class TransformersForCausalLM(nn.Module):
     """A Hugging Face model behind our interface."""
 
     packed_modules: ClassVar[PackedModules] = {}
     checkpoint_names: ClassVar[CheckpointNames] = CheckpointNames(prefixes=(), ignored=())
 
-    def __init__(self, hf_model: Any, shape: ModelShape, *, deterministic: bool) -> None:
+    def __init__(self, hf_model: Any, shape: ModelShape, form: _Form) -> None:
         super().__init__()
         self.hf_model = hf_model
         self._logit_scale = _logit_scale(shape)
         self._soft_cap = shape.final_soft_cap
         self._specs = self._try_out(shape)
-        self.weights_bytes = sum(p.numel() * p.element_size() for p in hf_model.parameters())
-        _replace_linears(hf_model, deterministic)
+        self.weights_bytes = weights_bytes(hf_model)
+        _replace_linears(hf_model, form)
+        if hf_model.device.type == "cpu":  # packed copies have taken the dense weights' places
+            self.weights_bytes = weights_bytes(hf_model)
 
     def forward(
         self,
@@ -180,8 +192,8 @@ def _wrap(hf_model: Any, model_config: ModelConfig, shape: ModelShape) -> Transf
         )
     if "position_ids" not in inspect.signature(hf_model.base_model.forward).parameters:
         raise ConfigError(f"{shape.architecture} is not supported: it takes no position ids")
-    deterministic = bool(model_config.deterministic)
-    return TransformersForCausalLM(hf_model.eval(), shape, deterministic=deterministic)
+    form = _Form(model_config.quantization == INT8, bool(model_config.deterministic))
+    return TransformersForCausalLM(hf_model.eval(), shape, form)
 
 
 def check_supported(model_config: ModelConfig) -> None:
@@ -303,15 +315,19 @@ def _check_call(module: Any, attention_mask: Tensor | None, options: dict[str, A
 class _Dense(nn.Module):
     """Takes an ``nn.Linear``'s place; ``weight`` is left as a shape without memory."""
 
-    def __init__(self, linear: nn.Linear, deterministic: bool) -> None:
+    def __init__(self, linear: nn.Linear, form: _Form) -> None:
         super().__init__()
         weight, bias = linear.weight.detach(), linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        if weight.device.type == "cpu":
-            self._run: Run = pack(weight, bias, deterministic=deterministic)
+        self.packed_bytes = weight.nbytes
+        if form.is_int8:
+            self._run: Run = quantize(weight, bias)
+            self.packed_bytes = quantized_bytes(weight)
+        elif weight.device.type == "cpu":
+            self._run = pack(weight, bias, deterministic=form.is_deterministic)
         else:
             dense: Run = lambda x: nn.functional.linear(x, weight, bias)  # noqa: E731
-            self._run = fixed_tiles(dense, _GPU_TILE) if deterministic else dense
+            self._run = fixed_tiles(dense, _GPU_TILE) if form.is_deterministic else dense
         self.weight = weight.to("meta")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -319,11 +335,11 @@ class _Dense(nn.Module):
         return self._run(x.reshape(-1, self.in_features)).view(*x.shape[:-1], self.out_features)
 
 
-def _replace_linears(model: nn.Module, deterministic: bool) -> None:
+def _replace_linears(model: nn.Module, form: _Form) -> None:
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child) is nn.Linear:
-                setattr(module, name, _Dense(child, deterministic))
+                setattr(module, name, _Dense(child, form))
 
 
 def _logit_scale(shape: ModelShape) -> float:

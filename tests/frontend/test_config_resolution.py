@@ -153,6 +153,7 @@ def test_a_disabled_window_limits_the_length_instead(tmp_path: Path) -> None:
     ("settings", "words"),
     [
         ({"quant_method": "gptq", "bits": 4}, "gptq is not available"),
+        ({"quant_method": "int8"}, "int8 is not available"),
         ({"quant_method": "mystery"}, "unknown method 'mystery'"),
         ({}, None),
     ],
@@ -288,3 +289,16 @@ def test_checks_that_need_the_length_run_again(tmp_path: Path) -> None:
         resolve_engine_config(make_config(directory, scheduler_config=scheduler))
     roomy = replace(scheduler, max_num_batched_tokens=4096)
     resolve_engine_config(make_config(directory, scheduler_config=roomy))
+
+
+def test_int8_weights_are_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(model_config=ModelConfig(str(TINY), quantization="int8"))
+    for device in ("cpu", "auto"):
+        monkeypatch.setattr(config_resolution, "choose_device", lambda *_: "cpu")
+        here = replace(config, device_config=DeviceConfig(device))
+        assert resolve_engine_config(here).model_config.quantization == "int8"
+    for device in ("cuda", "auto"):
+        monkeypatch.setattr(config_resolution, "choose_device", lambda *_: "cuda")
+        there = replace(config, device_config=DeviceConfig(device))
+        with pytest.raises(ConfigError, match=r"int8 runs on the CPU only.*cuda.*--device cpu"):
+            resolve_engine_config(there)

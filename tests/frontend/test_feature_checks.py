@@ -161,7 +161,7 @@ def test_a_plain_config_has_nothing_to_refuse() -> None:
         ({"cache_config": CacheConfig(cache_dtype="int4")}, "--kv-cache-dtype must be one of"),
         (
             {"model_config": ModelConfig("m", quantization="awq")},
-            "--quantization: awq is not available.*unquantized",
+            "--quantization: awq is not available.*unquantized.*on a CPU also.*int8",
         ),
         (
             {"model_config": ModelConfig("m", quantization="x")},
