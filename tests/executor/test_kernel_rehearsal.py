@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -13,18 +12,17 @@ import pytest
 
 from executor.kernel_rehearsal import cut_short
 from executor.model_config import ModelShape
+from ipc.processes import child_environment
 from tests.executor.rehearsed_kernels import COMPILED, HF_CONFIG
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment = {k: v for k, v in child_environment().items() if k != "TRITON_INTERPRET"}
     cache = str(tmp_path_factory.mktemp("triton"))
     result = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("rehearsed_kernels.py"))],
-        env=environment | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": cache},
+        env=environment | {"TRITON_CACHE_DIR": cache},
         capture_output=True,
         text=True,
         timeout=240,

@@ -1,7 +1,6 @@
 """Starts on a GPU: an empty cache is filled in parallel, and then nothing is compiled any more."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 
 from executor.kernel_cache import list_path
+from ipc.processes import child_environment
 from tests.executor.configs import make_config
 
 pytestmark = pytest.mark.gpu
@@ -58,7 +58,7 @@ def make_start_config() -> Any:
 def start(cache: Path) -> Any:
     result = subprocess.run(
         [sys.executable, "-c", START],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": str(cache)},
+        env=child_environment() | {"TRITON_CACHE_DIR": str(cache)},
         cwd=ROOT,
         capture_output=True,
         text=True,
