@@ -189,6 +189,7 @@ class Suite:
             "load_format": model.load_format,
             "device": self._options.device,
             "max_model_len": model.max_model_len,
+            "max_seq_len_to_capture": model.max_model_len,
             "max_num_seqs": self._sizes.max_num_seqs,
             "gpu_memory_utilization": 0.92,
         }

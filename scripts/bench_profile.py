@@ -55,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
             "load_format": model.load_format,
             "device": args.device,
             "max_model_len": model.max_model_len,
+            "max_seq_len_to_capture": model.max_model_len,
             "max_num_seqs": FULL.max_num_seqs,
             "max_num_batched_tokens": FULL.offline_tokens,
             "gpu_memory_utilization": 0.92,
