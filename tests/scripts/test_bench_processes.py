@@ -50,7 +50,7 @@ def test_descendants_are_found_and_named_by_what_they_run() -> None:
                 assert time.monotonic() < deadline, roles
         finally:
             child.kill()
-    assert set(roles) == {"me", "timeit"}
+    assert {"me", "timeit"} <= set(roles)  # other tests may have left processes to end
 
 
 def test_a_role_that_appeared_later_counts_from_zero() -> None:

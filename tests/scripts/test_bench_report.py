@@ -81,7 +81,6 @@ def test_the_table_names_run_machine_and_every_aim(tmp_path: Path) -> None:
 def test_the_command_writes_table_and_plot(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("matplotlib", reason="plots need the extra `bench`")
     import bench
 
     lines_of(tmp_path, ("llama-8b", "decode.b1", {"step_ms_mean": 3.9}))
