@@ -22,7 +22,7 @@ class AttentionMetadata:
     """
 
     slot_mapping: Tensor  # [T] int64: block_id * block_size + offset, where each token's KV goes
-    block_table: Tensor  # [B, M] int32; entries past a request's length are 0
+    block_table: Tensor  # [B, M] int32; entries past a request's length are never read
     query_start_loc: Tensor  # [B + 1] int32: prefix sums of new tokens
     seq_lens: Tensor  # [B] int32: total length after this step
     max_query_len: int
