@@ -43,6 +43,7 @@ def test_work_of_the_main_thread_and_of_others_is_told_apart() -> None:
 
 def test_descendants_are_found_and_named_by_what_they_run() -> None:
     sleeping = [sys.executable, "-m", "timeit", "-n", "1", "-r", "1", "-s", "import time"]
+    before = set(usage_by_role(os.getpid(), "me"))  # other tests may have left processes to end
     with subprocess.Popen([*sleeping, "time.sleep(9)"]) as child:
         try:
             deadline = time.monotonic() + 5
@@ -50,7 +51,7 @@ def test_descendants_are_found_and_named_by_what_they_run() -> None:
                 assert time.monotonic() < deadline, roles
         finally:
             child.kill()
-    assert {"me", "timeit"} <= set(roles)  # other tests may have left processes to end
+    assert set(roles) == before | {"me", "timeit"}
 
 
 def test_a_role_that_appeared_later_counts_from_zero() -> None:
