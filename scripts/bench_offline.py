@@ -53,8 +53,8 @@ def run_requests(engine: LLMEngine, work: Work) -> Timeline:
     return timeline
 
 
-def add_request(engine: LLMEngine, prompt: list[int], output_len: int) -> None:
-    """Submit one greedy request that generates exactly ``output_len`` tokens."""
+def add_request(engine: LLMEngine, prompt: list[int], output_len: int) -> str:
+    """Submit one greedy request that generates exactly ``output_len`` tokens; its name."""
     params = SamplingParams(
         temperature=0.0,
         max_tokens=output_len,
@@ -62,7 +62,9 @@ def add_request(engine: LLMEngine, prompt: list[int], output_len: int) -> None:
         detokenize=False,
         output_kind=RequestOutputKind.DELTA,
     )
-    engine.add_request(f"bench-{next(_numbers)}", {"prompt_token_ids": prompt}, params)
+    name = f"bench-{next(_numbers)}"
+    engine.add_request(name, {"prompt_token_ids": prompt}, params)
+    return name
 
 
 def follow_step(engine: LLMEngine, timeline: Timeline) -> None:

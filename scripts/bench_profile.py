@@ -26,7 +26,9 @@ from frontend import LLMEngine
 
 Result = dict[str, Any]
 SETTLE_STEPS = 12  # after the last request's first token
-SPARE_STEPS = 40  # that requests live on: control operations take a few steps
+SPARE_STEPS = (
+    1000  # that requests could live on: a core may be far ahead of a busy machine's reader
+)
 TOP_KERNELS = 16
 
 
@@ -89,8 +91,7 @@ def profile_decode(
     output_len = SETTLE_STEPS + args.steps + args.traced_steps + SPARE_STEPS
     work = bench_workload.fixed(batch, args.input_len, output_len, id_range)
     timeline = Timeline(time.perf_counter())
-    for prompt in work.prompts:
-        bench_offline.add_request(engine, prompt, output_len)
+    names = [bench_offline.add_request(engine, prompt, output_len) for prompt in work.prompts]
     while len(timeline.first_token_s) < batch:
         bench_offline.follow_step(engine, timeline)
     _follow(engine, timeline, SETTLE_STEPS)
@@ -98,6 +99,7 @@ def profile_decode(
     step_us, num_steps = _follow(engine, timeline, args.steps)
     used = used_between(before, usage_by_role(os.getpid(), "frontend"))
     num_traced, (trace,) = _record(engine, timeline, traces, args.traced_steps)
+    engine.abort_request(names)
     while engine.has_unfinished_requests():
         engine.step()
     breakdown = break_down(read_spans(Path(trace)), num_traced)
@@ -120,11 +122,16 @@ def _follow(engine: LLMEngine, timeline: Timeline, num_messages: int) -> tuple[f
 def _record(
     engine: LLMEngine, timeline: Timeline, traces: Path, num_steps: int
 ) -> tuple[int, list[str]]:
-    """Profile about this many steps; how many they were, and the trace files."""
+    """Profile about this many steps; how many they were, and the trace files.
+
+    A core that computes faster than its messages are read is ahead of them: they end what it did
+    before, so that its own count tells when enough was recorded.
+    """
     engine.start_profile(str(traces))
-    first = engine.get_stats().num_steps
-    _follow(engine, timeline, num_steps)
-    last = engine.get_stats().num_steps
+    first = last = engine.get_stats().num_steps
+    while last - first < num_steps:
+        _follow(engine, timeline, num_steps - (last - first))
+        last = engine.get_stats().num_steps
     return last - first, engine.stop_profile()
 
 
