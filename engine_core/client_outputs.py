@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 from engine_core.request import Request
 from engine_core.step_result import StepResult
-from ipc.messages import EngineOutput, LogitsRow, TensorRef
+from ipc.messages import EngineOutput, LogitsRow
+from ipc.records import TensorRef
 from ipc.tensors import Frames, read
 
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from executor.executor import Executor
 from ipc.errors import RequestError
-from ipc.messages import (
+from ipc.operations import (
     AnyOperation,
     CheckWorkers,
     GetStats,

@@ -25,7 +25,6 @@ from ipc.config import EngineConfig
 from ipc.errors import EngineError, ProtocolError, RequestError
 from ipc.messages import (
     AddRequest,
-    AnyOperation,
     EngineOutput,
     EngineOutputs,
     FinishReason,
@@ -34,6 +33,7 @@ from ipc.messages import (
     SchedulerStats,
     WorkerReady,
 )
+from ipc.operations import AnyOperation
 from ipc.tensors import Frames
 
 Outputs = list[tuple[bytes, EngineOutputs, Frames]]

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 from engine_core.kv_cache_manager import Transfers
 from engine_core.request import Request
-from ipc.messages import NewRow, SampleRow, SchedulerOutput, TensorRef
+from ipc.messages import NewRow, SampleRow, SchedulerOutput
+from ipc.records import TensorRef
 from ipc.tensors import Frames
 
 

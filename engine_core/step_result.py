@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 
 from engine_core.request import Request
-from ipc.messages import ModelRunnerOutput, RowLogprobs, TensorRef, TokenLogprobs
+from ipc.messages import ModelRunnerOutput, RowLogprobs, TokenLogprobs
+from ipc.records import TensorRef
 
 
 @dataclass(slots=True)

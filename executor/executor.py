@@ -11,13 +11,8 @@ from typing import Any, Protocol
 
 from ipc.config import EngineConfig
 from ipc.errors import ConfigError
-from ipc.messages import (
-    AnyOperation,
-    LoadProgress,
-    ModelRunnerOutput,
-    SchedulerOutput,
-    WorkerReady,
-)
+from ipc.messages import LoadProgress, ModelRunnerOutput, SchedulerOutput, WorkerReady
+from ipc.operations import AnyOperation
 
 Frames = Sequence[bytes | memoryview]
 OnProgress = Callable[[LoadProgress], None]

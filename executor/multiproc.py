@@ -22,10 +22,8 @@ from ipc.channel import RouterChannel, wait
 from ipc.config import EngineConfig, encode_config
 from ipc.errors import EngineDeadError, EngineError, EngineStartError
 from ipc.messages import (
-    AnyOperation,
     Call,
     CallResult,
-    CheckWorkers,
     LoadProgress,
     ModelRunnerOutput,
     SchedulerOutput,
@@ -35,6 +33,7 @@ from ipc.messages import (
     WorkerReady,
     worker_to_core_decoder,
 )
+from ipc.operations import AnyOperation, CheckWorkers
 from ipc.tensors import Frames
 
 SHUTDOWN_S = 5.0  # for a worker to end by itself

@@ -16,13 +16,8 @@ from executor.model_runner import PendingStep
 from executor.worker import Worker
 from ipc.config import EngineConfig
 from ipc.errors import EngineDeadError, EngineError
-from ipc.messages import (
-    AnyOperation,
-    ModelRunnerOutput,
-    SchedulerOutput,
-    WorkerError,
-    WorkerReady,
-)
+from ipc.messages import ModelRunnerOutput, SchedulerOutput, WorkerError, WorkerReady
+from ipc.operations import AnyOperation
 from ipc.tensors import Frames
 
 MakeWorker = Callable[[EngineConfig, int], Worker]

@@ -48,19 +48,8 @@ from executor.warm_up import watch_compilations
 from executor.weights import move_weights
 from ipc.config import EngineConfig, LoadConfig, ModelConfig
 from ipc.errors import UnsupportedError
-from ipc.messages import (
-    AnyOperation,
-    CheckWorkers,
-    LoadProgress,
-    SchedulerOutput,
-    Sleep,
-    StartProfile,
-    StopProfile,
-    WakeUp,
-    WorkerInfo,
-    WorkerReady,
-    schema_hash,
-)
+from ipc.messages import LoadProgress, SchedulerOutput, WorkerInfo, WorkerReady, schema_hash
+from ipc.operations import AnyOperation, CheckWorkers, Sleep, StartProfile, StopProfile, WakeUp
 from ipc.tensors import Frames
 
 # What a CUDA context takes on the device before the first tensor; it cannot be asked for.

@@ -10,8 +10,8 @@ from typing import IO
 
 import msgspec
 
-from ipc.messages import Message
 from ipc.processes import child_environment, describe_exit, kill_group, python_command
+from ipc.records import Message
 
 
 class Boot(Message, frozen=True):

@@ -12,7 +12,8 @@ from frontend.lora_request import LoRARequest
 from frontend.tokenizer import Tokenizer
 from ipc.config import DecodingConfig, EngineConfig, ModelConfig
 from ipc.errors import EngineDeadError, UnsupportedError
-from ipc.messages import (
+from ipc.messages import SchedulerStats
+from ipc.operations import (
     AnyOperation,
     GetStats,
     IsPaused,
@@ -20,7 +21,6 @@ from ipc.messages import (
     PauseGeneration,
     ResetPrefixCache,
     ResumeGeneration,
-    SchedulerStats,
     Sleep,
     StartProfile,
     StopProfile,

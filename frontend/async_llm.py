@@ -35,7 +35,7 @@ from frontend.tokenizer import Tokenizer
 from frontend.usage_context import UsageContext
 from ipc.config import EngineConfig
 from ipc.errors import EngineDeadError, EngineError
-from ipc.messages import AnyOperation
+from ipc.operations import AnyOperation
 from ipc.sampling_params import SamplingParams
 
 AsyncEngineDeadError = EngineDeadError

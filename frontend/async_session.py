@@ -31,15 +31,14 @@ from ipc.errors import EngineDeadError, EngineError, EngineOverloadedError
 from ipc.messages import (
     AbortBranches,
     AbortRequests,
-    AnyOperation,
     CoreToFrontend,
     EngineFailed,
     EngineOutputs,
     FrontendToCore,
-    GetStats,
     ProcessedLogits,
     Welcome,
 )
+from ipc.operations import AnyOperation, GetStats
 from ipc.sampling_params import RequestOutputKind
 from ipc.tensors import Frames
 

@@ -21,7 +21,7 @@ from frontend.stat_loggers import IterationStats, StatLoggerFactory
 from frontend.tokenizer import Tokenizer
 from frontend.tokenizer_pool import TokenizerPool, make_tokenizer_pool
 from ipc.config import EngineConfig, ParallelConfig, decode_config
-from ipc.messages import GetStats
+from ipc.operations import GetStats
 
 Connector = Callable[[], Awaitable[AsyncClient]]
 

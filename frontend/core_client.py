@@ -22,7 +22,6 @@ from ipc.curve import CurveClientKeys
 from ipc.errors import EngineDeadError, EngineError, EngineStartError
 from ipc.messages import (
     Ack,
-    AnyOperation,
     Call,
     CallResult,
     CoreToFrontend,
@@ -32,6 +31,7 @@ from ipc.messages import (
     Hello,
     Welcome,
 )
+from ipc.operations import AnyOperation
 from ipc.tensors import Frames
 
 _TICK_S = 1.0

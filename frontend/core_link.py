@@ -20,15 +20,12 @@ from ipc.errors import EngineDeadError, EngineError, EngineOverloadedError, Prot
 from ipc.messages import (
     PROTOCOL_VERSION,
     Ack,
-    AnyOperation,
     Call,
     CallResult,
-    CheckWorkers,
     CoreToFrontend,
     EngineFailed,
     EngineOutputs,
     FrontendToCore,
-    GetStats,
     Goodbye,
     Heartbeat,
     Hello,
@@ -39,6 +36,7 @@ from ipc.messages import (
     core_to_frontend_decoder,
     schema_hash,
 )
+from ipc.operations import AnyOperation, CheckWorkers, GetStats
 from ipc.processes import is_readable
 from ipc.tensors import Frames
 

@@ -22,13 +22,13 @@ from ipc.messages import (
     AbortBranches,
     AbortRequests,
     AddRequest,
-    AnyOperation,
     CoreToFrontend,
     EngineFailed,
     EngineOutputs,
     FrontendToCore,
     Welcome,
 )
+from ipc.operations import AnyOperation
 from ipc.tensors import Frames
 
 STEP_WAIT_S = 1.0  # longest silence within one step()

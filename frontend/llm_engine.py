@@ -31,12 +31,12 @@ from frontend.tokenizer import Tokenizer, as_tokenizer
 from frontend.usage_context import UsageContext
 from ipc.config import DecodingConfig, EngineConfig, ModelConfig
 from ipc.errors import UnsupportedError
-from ipc.messages import (
+from ipc.messages import SchedulerStats
+from ipc.operations import (
     CheckWorkers,
     GetStats,
     IsSleeping,
     ResetPrefixCache,
-    SchedulerStats,
     Sleep,
     StartProfile,
     StopProfile,

@@ -27,7 +27,8 @@ from ipc.addresses import (
 )
 from ipc.curve import ZAP_DOMAIN, CurveClientKeys, CurveGate, CurveServerKeys
 from ipc.errors import ConfigError, EngineDeadError
-from ipc.messages import Message, encoder
+from ipc.messages import encoder
+from ipc.records import Message
 from ipc.tensors import Frames
 
 MAX_MESSAGE_BYTES = 64 * 2**20  # a frame above this cuts the connection

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import msgspec
 
 from ipc.config import EngineConfig, encode_config
-from ipc.messages import Message
 from ipc.processes import child_environment, python_command
+from ipc.records import Message
 
 _MODULE = "executor.compile_kernels"
 

@@ -16,17 +16,11 @@ from functools import cache
 import msgspec
 from msgspec.inspect import multi_type_info
 
+from ipc.operations import AnyOperation
+from ipc.records import Message, Part, TensorRef
 from ipc.sampling_params import SamplingParams
 
 PROTOCOL_VERSION = 1
-
-
-class Part(msgspec.Struct, frozen=True, gc=False, array_like=True):
-    """Base of structs nested in a message. ``gc=False`` is safe: a message is a tree."""
-
-
-class Message(Part, frozen=True, tag=True):
-    """Base of top-level messages: the class name travels as the tag, so unions decode."""
 
 
 class FinishReason(IntEnum):
@@ -36,14 +30,6 @@ class FinishReason(IntEnum):
     LENGTH = 1  # max_tokens or max_model_len
     ABORT = 2  # the client's wish, or its disappearance
     ERROR = 3  # the request failed alone; EngineOutput.error says why
-
-
-class TensorRef(Part, frozen=True):
-    """An array in an extra frame of the same multipart message; row-major, native byte order."""
-
-    frame: int  # index among the extra frames
-    dtype: str  # numpy's name: "float32", "int32", ...
-    shape: list[int]
 
 
 class Limits(Part, frozen=True):
@@ -160,74 +146,6 @@ class Heartbeat(Message, frozen=True):
 
 class Goodbye(Message, frozen=True):
     """A frontend leaves in good order: abort what it has open."""
-
-
-# ---------------------------------------------------------------- typed control operations
-
-
-class ResetPrefixCache(Message, frozen=True):
-    """Forget every cached prefix. Result: bool, False when blocks are still held."""
-
-
-class GetStats(Message, frozen=True):
-    """Result: SchedulerStats."""
-
-
-class Sleep(Message, frozen=True):
-    """Free device memory: level 1 keeps weights on the host, level 2 drops them. Result: None."""
-
-    level: int = 1
-
-
-class WakeUp(Message, frozen=True):
-    """Undo Sleep. Result: None."""
-
-
-class IsSleeping(Message, frozen=True):
-    """Result: bool."""
-
-
-class StartProfile(Message, frozen=True):
-    """Start torch's profiler in the workers; traces go to ``directory``. Result: None."""
-
-    directory: str
-
-
-class StopProfile(Message, frozen=True):
-    """Stop the profiler and write the traces. Result: list of file names."""
-
-
-class PauseGeneration(Message, frozen=True):
-    """Plan no more steps: "abort", "wait" for or "keep" what is open. Result: None."""
-
-    mode: str = "abort"
-
-
-class ResumeGeneration(Message, frozen=True):
-    """Undo PauseGeneration. Result: None."""
-
-
-class IsPaused(Message, frozen=True):
-    """Result: bool."""
-
-
-class CheckWorkers(Message, frozen=True):
-    """Ask every rank for a sign of life. Result: list[WorkerInfo]."""
-
-
-AnyOperation = (
-    ResetPrefixCache
-    | GetStats
-    | Sleep
-    | WakeUp
-    | IsSleeping
-    | StartProfile
-    | StopProfile
-    | PauseGeneration
-    | ResumeGeneration
-    | IsPaused
-    | CheckWorkers
-)
 
 
 class Call(Message, frozen=True):

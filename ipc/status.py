@@ -9,7 +9,8 @@ import os
 
 import msgspec
 
-from ipc.messages import EngineFailed, LoadProgress, Message
+from ipc.messages import EngineFailed, LoadProgress
+from ipc.records import Message
 
 _READ_BYTES = 65536
 _MAX_REASON_CHARS = 8192  # a line must fit into the pipe

@@ -9,7 +9,7 @@ from math import prod
 from typing import TYPE_CHECKING
 
 from ipc.errors import ProtocolError
-from ipc.messages import TensorRef
+from ipc.records import TensorRef
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer  # collections.abc has it from 3.12 on

@@ -246,7 +246,7 @@ def _drive(
 
     Without a rate all streams begin with the same step: the engine pauses until they are open.
     """
-    from ipc.messages import GetStats, PauseGeneration, ResumeGeneration
+    from ipc.operations import GetStats, PauseGeneration, ResumeGeneration
 
     clients = []
     before = _cpu_s_by_module()

@@ -16,9 +16,9 @@ from ipc.messages import (
     LogitsRow,
     ProcessedLogits,
     SchedulerStats,
-    TensorRef,
     TokenLogprobs,
 )
+from ipc.records import TensorRef
 from ipc.sampling_params import SamplingParams
 from ipc.tensors import Frames, read
 from tests.engine_core.simulated_executor import (

@@ -11,20 +11,16 @@ from ipc.errors import RequestError
 from ipc.messages import (
     AbortBranches,
     AddRequest,
-    AnyOperation,
     EngineOutput,
     EngineOutputs,
     FinishReason,
-    GetStats,
-    IsPaused,
     Limits,
     ModelRunnerOutput,
     ProcessedLogits,
-    ResetPrefixCache,
     SchedulerOutput,
     SchedulerStats,
-    Sleep,
 )
+from ipc.operations import AnyOperation, GetStats, IsPaused, ResetPrefixCache, Sleep
 from ipc.tensors import Frames, read
 
 Results = list[tuple[bytes, EngineOutputs, Frames]]

@@ -13,19 +13,17 @@ from typing import Any
 from executor.executor import OnProgress
 from ipc.config import EngineConfig
 from ipc.messages import (
-    AnyOperation,
-    CheckWorkers,
-    IsSleeping,
     LoadProgress,
     ModelRunnerOutput,
     RowLogprobs,
     RowParams,
     SchedulerOutput,
-    TensorRef,
     TokenLogprobs,
     WorkerInfo,
     WorkerReady,
 )
+from ipc.operations import AnyOperation, CheckWorkers, IsSleeping
+from ipc.records import TensorRef
 from ipc.tensors import Frames, FrameWriter, read
 
 VOCAB_SIZE = 8192

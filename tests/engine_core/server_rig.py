@@ -14,11 +14,11 @@ from ipc.messages import (
     PROTOCOL_VERSION,
     CoreToFrontend,
     Hello,
-    Message,
     core_to_frontend_decoder,
     frontend_to_core_decoder,
     schema_hash,
 )
+from ipc.records import Message
 from tests.engine_core.fake_core import FakeCore, FakeExecutor, make_config, make_limits
 
 LIMIT_S = 10.0

@@ -18,17 +18,17 @@ from typing import Any
 from engine_core.request import branch_seed
 from ipc.messages import (
     AddRequest,
-    AnyOperation,
     FinishReason,
     ModelRunnerOutput,
     NewRow,
     RowLogprobs,
     RowParams,
     SchedulerOutput,
-    TensorRef,
     TokenLogprobs,
     WorkerReady,
 )
+from ipc.operations import AnyOperation
+from ipc.records import TensorRef
 from ipc.tensors import Frames, read
 
 VOCAB_SIZE = 61

@@ -8,25 +8,21 @@ import pytest
 
 from engine_core.core import EngineCore
 from ipc.errors import EngineError, RequestError
-from ipc.messages import (
+from ipc.messages import EngineOutput, FinishReason, ProcessedLogits, ResumedBranch, SchedulerStats
+from ipc.operations import (
     CheckWorkers,
-    EngineOutput,
-    FinishReason,
     GetStats,
     IsPaused,
     IsSleeping,
     PauseGeneration,
-    ProcessedLogits,
     ResetPrefixCache,
-    ResumedBranch,
     ResumeGeneration,
-    SchedulerStats,
     Sleep,
     StartProfile,
     StopProfile,
-    TensorRef,
     WakeUp,
 )
+from ipc.records import TensorRef
 from tests.engine_core import simulated_executor
 from tests.engine_core.builders import CLIENT, Rig, make_request
 from tests.engine_core.simulated_executor import VOCAB_SIZE, solo_run

@@ -14,19 +14,16 @@ from ipc.messages import (
     EngineFailed,
     EngineOutputs,
     FinishReason,
-    GetStats,
     Goodbye,
     Heartbeat,
-    IsPaused,
     ProcessedLogits,
     Refused,
-    ResetPrefixCache,
-    Sleep,
-    TensorRef,
     Welcome,
     encoder,
     schema_hash,
 )
+from ipc.operations import GetStats, IsPaused, ResetPrefixCache, Sleep
+from ipc.records import TensorRef
 from ipc.sampling_params import SamplingParams
 from tests.engine_core.server_rig import BareFrontend, make_hello, running_server, wait_until
 

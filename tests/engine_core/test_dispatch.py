@@ -6,15 +6,8 @@ import pytest
 
 from engine_core.dispatch import RequestMessage, answer_call, dispatch
 from ipc.errors import EngineDeadError
-from ipc.messages import (
-    AbortBranches,
-    AbortRequests,
-    AddRequest,
-    Call,
-    CheckWorkers,
-    GetStats,
-    ProcessedLogits,
-)
+from ipc.messages import AbortBranches, AbortRequests, AddRequest, Call, ProcessedLogits
+from ipc.operations import CheckWorkers, GetStats
 from ipc.sampling_params import SamplingParams
 
 

@@ -9,9 +9,9 @@ from ipc.messages import (
     FinishReason,
     LogitsRow,
     SchedulerStats,
-    TensorRef,
     TokenLogprobs,
 )
+from ipc.records import TensorRef
 
 
 def make_frontend(credits: int) -> FrontendState:

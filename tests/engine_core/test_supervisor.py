@@ -16,7 +16,8 @@ import pytest
 from frontend.core_client import ProcessCoreClient
 from ipc.curve import load_client_keys, make_key_directory
 from ipc.errors import EngineDeadError
-from ipc.messages import AddRequest, GetStats
+from ipc.messages import AddRequest
+from ipc.operations import GetStats
 from ipc.sampling_params import SamplingParams
 from tests.engine_core.process_tree import (
     assert_gone,

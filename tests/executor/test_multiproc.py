@@ -16,14 +16,8 @@ from executor.multiproc import MultiprocExecutor
 from ipc.channel import wait
 from ipc.config import EngineConfig
 from ipc.errors import EngineDeadError, RequestError
-from ipc.messages import (
-    CheckWorkers,
-    LoadProgress,
-    ModelRunnerOutput,
-    RowParams,
-    SampleRow,
-    StopProfile,
-)
+from ipc.messages import LoadProgress, ModelRunnerOutput, RowParams, SampleRow
+from ipc.operations import CheckWorkers, StopProfile
 from ipc.tensors import Frames, FrameWriter, read
 from tests.executor.builders import make_new_row, make_plan
 from tests.executor.configs import VOCAB_SIZE, make_config

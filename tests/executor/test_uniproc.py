@@ -5,7 +5,7 @@ import pytest
 from executor.uniproc import UniprocExecutor
 from ipc.config import EngineConfig
 from ipc.errors import ConfigError, EngineDeadError, EngineStartError, RequestError
-from ipc.messages import CheckWorkers, IsPaused, Sleep, StopProfile, WakeUp
+from ipc.operations import CheckWorkers, IsPaused, Sleep, StopProfile, WakeUp
 from tests.executor.builders import make_new_row, make_plan
 from tests.executor.configs import make_config
 from tests.executor.fake_model import next_token

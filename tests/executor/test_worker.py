@@ -20,7 +20,8 @@ from ipc.errors import (
     EngineStartError,
     ExitCode,
 )
-from ipc.messages import LoadProgress, StartProfile, StopProfile
+from ipc.messages import LoadProgress
+from ipc.operations import StartProfile, StopProfile
 from tests.executor.builders import GREEDY, make_new_row, make_plan
 from tests.executor.configs import make_config
 

@@ -20,7 +20,6 @@ from ipc.messages import (
     AbortBranches,
     AbortRequests,
     AddRequest,
-    AnyOperation,
     CoreToFrontend,
     EngineOutput,
     EngineOutputs,
@@ -30,6 +29,7 @@ from ipc.messages import (
     SchedulerStats,
     Welcome,
 )
+from ipc.operations import AnyOperation
 from ipc.sampling_params import SamplingParams
 from ipc.tensors import Frames
 

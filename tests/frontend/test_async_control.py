@@ -8,7 +8,7 @@ import pytest
 from frontend import async_control
 from frontend.async_start import EngineStart
 from ipc.errors import EngineDeadError, UnsupportedError
-from ipc.messages import AnyOperation
+from ipc.operations import AnyOperation
 
 
 class SilentEngine:

@@ -19,15 +19,14 @@ from frontend.engine_args import AsyncEngineArgs, EngineArgs
 from frontend.lora_request import LoRARequest
 from ipc.config import EngineConfig
 from ipc.errors import ConfigError, EngineDeadError, EngineStartError, UnsupportedError
-from ipc.messages import (
-    AbortRequests,
+from ipc.messages import AbortRequests, SchedulerStats
+from ipc.operations import (
     GetStats,
     IsPaused,
     IsSleeping,
     PauseGeneration,
     ResetPrefixCache,
     ResumeGeneration,
-    SchedulerStats,
     Sleep,
     StopProfile,
     WakeUp,

@@ -30,8 +30,8 @@ from ipc.messages import (
     FinishReason,
     LogitsRow,
     ProcessedLogits,
-    TensorRef,
 )
+from ipc.records import TensorRef
 from ipc.sampling_params import RequestOutputKind
 from tests.frontend.builders import (
     FakeAsyncClient,

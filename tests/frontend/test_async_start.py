@@ -19,7 +19,8 @@ from frontend.model_files import bundled_model
 from frontend.stat_loggers import IterationStats
 from ipc.config import EngineConfig, ModelConfig, ParallelConfig, TokenizerPoolConfig
 from ipc.errors import ConfigError
-from ipc.messages import GetStats, SchedulerStats, Welcome
+from ipc.messages import SchedulerStats, Welcome
+from ipc.operations import GetStats
 from tests.engine_core.process_tree import assert_gone
 from tests.frontend.builders import FakeAsyncClient, FakeCore, always, make_config, make_tokenizer
 

@@ -30,16 +30,8 @@ from ipc.errors import (
     ProtocolError,
     RequestError,
 )
-from ipc.messages import (
-    AddRequest,
-    CheckWorkers,
-    EngineOutputs,
-    GetStats,
-    IsPaused,
-    SchedulerStats,
-    Sleep,
-    frontend_to_core_decoder,
-)
+from ipc.messages import AddRequest, EngineOutputs, SchedulerStats, frontend_to_core_decoder
+from ipc.operations import CheckWorkers, GetStats, IsPaused, Sleep
 from ipc.sampling_params import SamplingParams
 from tests.engine_core.process_tree import (
     assert_gone,

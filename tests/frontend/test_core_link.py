@@ -20,14 +20,11 @@ from ipc.messages import (
     PROTOCOL_VERSION,
     Ack,
     CallResult,
-    CheckWorkers,
     EngineFailed,
     EngineOutputs,
-    GetStats,
     Goodbye,
     Heartbeat,
     Hello,
-    IsPaused,
     Refused,
     SchedulerStats,
     Welcome,
@@ -36,6 +33,7 @@ from ipc.messages import (
     frontend_to_core_decoder,
     schema_hash,
 )
+from ipc.operations import CheckWorkers, GetStats, IsPaused
 from tests.engine_core.fake_core import make_limits
 
 LIMIT_S = 10.0

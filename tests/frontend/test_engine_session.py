@@ -8,7 +8,8 @@ from frontend.engine_session import EngineSession
 from frontend.outputs import RequestOutput
 from frontend.stat_loggers import IterationStats, StatLoggerGroup
 from ipc.errors import EngineDeadError
-from ipc.messages import AbortBranches, AbortRequests, GetStats, SchedulerStats
+from ipc.messages import AbortBranches, AbortRequests, SchedulerStats
+from ipc.operations import GetStats
 from ipc.sampling_params import RequestOutputKind
 from tests.frontend.builders import (
     FakeClient,

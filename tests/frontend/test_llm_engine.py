@@ -16,8 +16,8 @@ from frontend.outputs import RequestOutput
 from frontend.stat_loggers import IterationStats
 from ipc.config import EngineConfig
 from ipc.errors import EngineDeadError, UnsupportedError
-from ipc.messages import (
-    AddRequest,
+from ipc.messages import AddRequest
+from ipc.operations import (
     CheckWorkers,
     IsSleeping,
     ResetPrefixCache,

@@ -9,7 +9,8 @@ import pytest
 
 from frontend.logits_processors import RowWork, resolve_processors, run_processors
 from ipc.errors import RequestError
-from ipc.messages import LogitsRow, TensorRef
+from ipc.messages import LogitsRow
+from ipc.records import TensorRef
 from ipc.tensors import read
 
 

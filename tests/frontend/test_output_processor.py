@@ -4,7 +4,8 @@ import pytest
 
 from frontend.request_state import RequestState
 from ipc.errors import DeviceDeadError, EngineGenerateError, EngineOverloadedError
-from ipc.messages import FinishReason, LogitsRow, TensorRef, TokenLogprobs
+from ipc.messages import FinishReason, LogitsRow, TokenLogprobs
+from ipc.records import TensorRef
 from ipc.sampling_params import RequestOutputKind
 from tests.frontend.builders import EOS, make_output, make_rig
 

@@ -28,14 +28,14 @@ from ipc.messages import (
     LoadProgress,
     ModelRunnerOutput,
     ProcessedLogits,
-    ResetPrefixCache,
     SchedulerOutput,
     Shutdown,
-    TensorRef,
     WorkerError,
     encoder,
     schema_hash,
 )
+from ipc.operations import ResetPrefixCache
+from ipc.records import TensorRef
 from ipc.sampling_params import SamplingParams
 from tests.e2e.engines import Expected, greedy, load_expected, tiny_args
 

@@ -14,7 +14,8 @@ from triton import knobs
 from executor.worker import Worker
 from frontend import LLMEngine, SamplingParams
 from ipc.config import DeviceConfig, EngineConfig, ModelConfig, SchedulerConfig
-from ipc.messages import RowParams, Sleep, WakeUp
+from ipc.messages import RowParams
+from ipc.operations import Sleep, WakeUp
 from tests.e2e.engines import tiny_args
 from tests.executor.builders import GREEDY, make_new_row, make_plan, run_steps
 from tests.executor.configs import make_config

@@ -17,7 +17,8 @@ from executor.transfer import upload_all
 from executor.weights import move_weights
 from executor.worker import CONTEXT_BYTES, Worker
 from ipc.config import DeviceConfig, EngineConfig, ModelConfig, SchedulerConfig
-from ipc.messages import RowParams, Sleep, WakeUp
+from ipc.messages import RowParams
+from ipc.operations import Sleep, WakeUp
 from tests.executor.builders import GREEDY, make_new_row, make_plan
 from tests.executor.configs import make_config
 

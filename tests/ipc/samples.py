@@ -3,6 +3,20 @@
 from typing import Any
 
 from ipc import messages as m
+from ipc.operations import (
+    CheckWorkers,
+    GetStats,
+    IsPaused,
+    IsSleeping,
+    PauseGeneration,
+    ResetPrefixCache,
+    ResumeGeneration,
+    Sleep,
+    StartProfile,
+    StopProfile,
+    WakeUp,
+)
+from ipc.records import Message, TensorRef
 from ipc.sampling_params import SamplingParams
 
 
@@ -28,32 +42,32 @@ def make_engine_output() -> m.EngineOutput:
 
 def make_scheduler_output() -> m.SchedulerOutput:
     new_row = m.NewRow(1, [2], 3, 4, [5], make_row_params(), 6)
-    sample_row = m.SampleRow(1, m.TensorRef(0, "float32", [2]))
+    sample_row = m.SampleRow(1, TensorRef(0, "float32", [2]))
     return m.SchedulerOutput(
         1, [2], [3], [new_row], [(4, [5])], [6], [(7, 8)], [(9, 10)], [(11, 12)], [sample_row],
         [(13, 14)],
     )  # fmt: skip
 
 
-def make_operations() -> list[m.Message]:
+def make_operations() -> list[Message]:
     return [
-        m.ResetPrefixCache(),
-        m.GetStats(),
-        m.Sleep(2),
-        m.WakeUp(),
-        m.IsSleeping(),
-        m.StartProfile("d"),
-        m.StopProfile(),
-        m.PauseGeneration("keep"),
-        m.ResumeGeneration(),
-        m.IsPaused(),
-        m.CheckWorkers(),
+        ResetPrefixCache(),
+        GetStats(),
+        Sleep(2),
+        WakeUp(),
+        IsSleeping(),
+        StartProfile("d"),
+        StopProfile(),
+        PauseGeneration("keep"),
+        ResumeGeneration(),
+        IsPaused(),
+        CheckWorkers(),
     ]
 
 
-def make_messages() -> dict[str, list[m.Message]]:
+def make_messages() -> dict[str, list[Message]]:
     """Every message of every wire, by the name of its union."""
-    tensor = m.TensorRef(0, "float32", [2, 3])
+    tensor = TensorRef(0, "float32", [2, 3])
     params = SamplingParams(n=2, temperature=0.5, seed=7, stop=["x"], stop_token_ids=[9])
     lora = m.LoRASpec("l", 1, "p", 2)
     resumed = m.ResumedBranch(1, [2], True)
@@ -84,7 +98,7 @@ def make_messages() -> dict[str, list[m.Message]]:
         "CoreToWorker": [
             make_scheduler_output(),
             m.GrammarMask(1, [2], tensor),
-            m.Call(5, m.Sleep(2)),
+            m.Call(5, Sleep(2)),
             m.Shutdown(),
         ],
         "WorkerToCore": [

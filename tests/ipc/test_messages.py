@@ -8,13 +8,15 @@ import msgspec
 import pytest
 
 from ipc import messages as m
+from ipc.operations import AnyOperation
+from ipc.records import Message, Part
 from tests.ipc.pinned_bytes import PINNED
 from tests.ipc.samples import decoders, make_messages
 
 ALL = [(wire, message) for wire, found in make_messages().items() for message in found]
 
 
-def label(message: m.Message) -> str:
+def label(message: Message) -> str:
     """A name for a sample; calls are told apart by their operation."""
     if isinstance(message, m.Call):
         return f"Call({type(message.operation).__name__})"
@@ -22,7 +24,7 @@ def label(message: m.Message) -> str:
 
 
 @pytest.mark.parametrize(("wire", "message"), ALL, ids=[f"{w}-{label(x)}" for w, x in ALL])
-def test_bytes_of_a_message_never_change(wire: str, message: m.Message) -> None:
+def test_bytes_of_a_message_never_change(wire: str, message: Message) -> None:
     encoded = m.encoder.encode(message)
 
     assert encoded.hex() == PINNED[label(message)]
@@ -34,12 +36,12 @@ def test_every_message_and_operation_has_a_sample() -> None:
         union = get_args(getattr(m, wire))
         assert {type(message) for message in found} == set(union)
     operations = {x.operation for _, x in ALL if isinstance(x, m.Call)}
-    assert {type(operation) for operation in operations} == set(get_args(m.AnyOperation))
+    assert {type(operation) for operation in operations} == set(get_args(AnyOperation))
 
 
 def test_samples_leave_no_field_at_its_default() -> None:
     def check(value: object) -> None:
-        if isinstance(value, m.Part):
+        if isinstance(value, Part):
             for field in msgspec.structs.fields(type(value)):
                 found = getattr(value, field.name)
                 assert field.default is msgspec.NODEFAULT or found != field.default, field.name

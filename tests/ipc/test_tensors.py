@@ -5,7 +5,7 @@ from array import array
 import pytest
 
 from ipc.errors import ProtocolError
-from ipc.messages import TensorRef
+from ipc.records import TensorRef
 from ipc.tensors import FrameWriter, read
 
 
