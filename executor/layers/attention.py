@@ -134,14 +134,18 @@ class Attention(nn.Module):
 
     def _store(self, qkv: Tensor, rotary: RotaryStep | None, cache: PagedCache) -> Tensor:
         """Norm, rotation and store, in one call where there is one; the queries [T, N, D]."""
-        num_heads, norm = self.attend.num_heads, self._head_norm()
         if qkv.is_cuda:
-            rotation = None if rotary is None else rotary.rotation
-            return qkv_rope_store(qkv, num_heads, cache, norm=norm, rotation=rotation)
+            return self._store_by_kernel(qkv, rotary, cache)
+        norm = self._head_norm()
         if can_serve(qkv, cache, norm):
             rows = {} if rotary is None else {"cos": rotary.cos, "sin": rotary.sin}
-            return qkv_rope_store_cpu(qkv, num_heads, cache, norm=norm, **rows)
+            return qkv_rope_store_cpu(qkv, self.attend.num_heads, cache, norm=norm, **rows)
         return self._store_by_parts(qkv, rotary, cache)
+
+    def _store_by_kernel(self, qkv: Tensor, rotary: RotaryStep | None, cache: PagedCache) -> Tensor:
+        rotation = None if rotary is None else rotary.rotation
+        num_heads, norm = self.attend.num_heads, self._head_norm()
+        return qkv_rope_store(qkv, num_heads, cache, norm=norm, rotation=rotation)
 
     def _store_by_parts(self, qkv: Tensor, rotary: RotaryStep | None, cache: PagedCache) -> Tensor:
         """The same by one call after the other: a CPU's way for all but bfloat16."""
