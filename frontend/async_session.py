@@ -10,11 +10,13 @@ state, so nothing queues.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
+
+import msgspec
 
 from frontend.inputs import InputProcessor, NewRequest
 from frontend.liveness import Liveness
@@ -24,6 +26,7 @@ from frontend.outputs import RequestOutput
 from frontend.prompts import parse_prompt
 from frontend.request_state import RequestState
 from frontend.stat_loggers import StatLoggerGroup
+from frontend.stream_replay import replay
 from frontend.tokenizer import Tokenizer
 from frontend.tokenizer_pool import TokenizerPool
 from ipc.config import EngineConfig
@@ -36,10 +39,11 @@ from ipc.messages import (
     EngineOutputs,
     FrontendToCore,
     ProcessedLogits,
+    ReclaimedRequest,
     Welcome,
 )
 from ipc.operations import AnyOperation, GetStats
-from ipc.sampling_params import RequestOutputKind
+from ipc.sampling_params import RequestOutputKind, SamplingParams
 from ipc.tensors import Frames
 
 logger = logging.getLogger(__name__)
@@ -174,7 +178,7 @@ class AsyncSession:
         limits = client.welcome.limits
         self._loop = asyncio.get_running_loop()
         self._client = client
-        self._stat_loggers = stat_loggers
+        self.stat_loggers = stat_loggers
         self._pool = pool
         self._streams: dict[str, StreamRecord] = {}  # by req_id
         self._news: list[StreamRecord] = []  # whose listeners are to be told in a moment
@@ -208,6 +212,33 @@ class AsyncSession:
         record = self._streams[admitted.message.req_id] = StreamRecord(state)
         return OutputStream(self, record)
 
+    def resume(
+        self,
+        reclaimed: ReclaimedRequest,
+        request_id: str,
+        params: SamplingParams,
+        num_taken: Sequence[int],
+    ) -> OutputStream:
+        """Go on with a request that the core has let go of, behind what its reader has.
+
+        Args:
+            params: the caller's own, as the request was opened with them.
+            num_taken: tokens of each branch that the reader has.
+
+        Raises:
+            KeyError, EngineOverloadedError, EngineDeadError: as ``open``.
+        """
+        admitted = self.inputs.readmit(reclaimed.request, request_id, params)
+        state = self.outputs.open(admitted, self._client.welcome.epoch)
+        resumed = replay(state, reclaimed.branches, num_taken, time.time())
+        record = StreamRecord(state)
+        if state.is_finished:
+            self.outputs.close(state, time.time())
+        else:
+            self._streams[state.req_id] = record
+            self._client.send(msgspec.structs.replace(admitted.message, resumed=resumed))
+        return OutputStream(self, record)
+
     def knows(self, record: StreamRecord) -> bool:
         """Whether a stream is open still."""
         return record.state.req_id in self._streams
@@ -239,10 +270,6 @@ class AsyncSession:
         self._check_alive()
         self._liveness.check()
 
-    def log_stats(self) -> None:
-        """Make every stat logger say what it has."""
-        self._stat_loggers.log()
-
     async def wait_until_drained(self) -> None:
         """Return when every request that is open now has ended."""
         waited_for = list(self._streams)
@@ -269,7 +296,7 @@ class AsyncSession:
         for work in result.row_work:
             self._run_processors(work)
         if result.iteration is not None:
-            self._stat_loggers.record(message.stats, result.iteration)
+            self.stat_loggers.record(message.stats, result.iteration)
 
     def die(self, error: EngineDeadError) -> None:
         """The engine stopped: every open stream is told now."""
@@ -283,7 +310,7 @@ class AsyncSession:
         """Leave the core. Open streams get EngineDeadError. Harmless when repeated."""
         if self.dead is None:
             self.die(EngineDeadError("the engine was shut down"))
-        self._stat_loggers.close()
+        self.stat_loggers.close()
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
         if self._pool is not None:

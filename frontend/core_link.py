@@ -29,6 +29,7 @@ from ipc.messages import (
     Goodbye,
     Heartbeat,
     Hello,
+    ReclaimedRequest,
     Refused,
     SchedulerStats,
     Welcome,
@@ -36,7 +37,7 @@ from ipc.messages import (
     core_to_frontend_decoder,
     schema_hash,
 )
-from ipc.operations import AnyOperation, CheckWorkers, GetStats
+from ipc.operations import AnyOperation, CheckWorkers, GetStats, ReclaimRequest
 from ipc.processes import is_readable
 from ipc.tensors import Frames
 
@@ -254,5 +255,7 @@ def read_result(operation: AnyOperation, answer: CallResult) -> object:
             return msgspec.msgpack.decode(answer.result, type=SchedulerStats)
         case CheckWorkers():
             return msgspec.msgpack.decode(answer.result, type=list[WorkerInfo])
+        case ReclaimRequest():
+            return msgspec.msgpack.decode(answer.result, type=ReclaimedRequest)
         case _:
             return msgspec.msgpack.decode(answer.result)

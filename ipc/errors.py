@@ -53,6 +53,10 @@ class UnsupportedError(RequestError):
     """The request uses a feature of the contract that this version does not have."""
 
 
+class UnknownStreamError(RequestError):
+    """No stream of that name lingers: it never did, or its time is over."""
+
+
 class EngineOverloadedError(EngineError):
     """Too much is in flight; nothing was started, so retrying later is safe."""
 

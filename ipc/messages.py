@@ -91,6 +91,14 @@ class ResumedBranch(Part, frozen=True):
     is_finished: bool = False
 
 
+class Linger(Part, frozen=True):
+    """A stream that may be taken up again when its reader, or its frontend, was lost."""
+
+    stream_id: str  # nobody can guess it: who knows it may take the stream up
+    seconds: float  # how long it waits for that, running or finished
+    presentation: bytes = b""  # the frontend's own: how the stream's events look
+
+
 class AddRequest(Message, frozen=True):
     """Admit one tokenised request. All branches (``params.num_branches``) run in the core."""
 
@@ -105,6 +113,7 @@ class AddRequest(Message, frozen=True):
     bad_words_token_ids: list[list[int]] = []  # params.bad_words, tokenised
     has_logits_processors: bool = False  # each row of logits visits the frontend
     resumed: list[ResumedBranch] = []
+    linger: Linger | None = None
 
 
 class AbortRequests(Message, frozen=True):
@@ -193,6 +202,13 @@ class EngineOutput(Part, frozen=True):
     first_scheduled_time_s: float | None = None  # time.time(); on the first output
     error: str | None = None  # set exactly when finish_reason is ERROR
     error_kind: str = "EngineGenerateError"  # class of ipc.errors to raise for ``error``
+
+
+class ReclaimedRequest(Part, frozen=True):
+    """What it takes to go on with a stream elsewhere; the core itself has let go of it."""
+
+    request: AddRequest  # as it was admitted
+    branches: list[EngineOutput]  # one each, all that it has brought so far
 
 
 class LogitsRow(Part, frozen=True):

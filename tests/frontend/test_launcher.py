@@ -184,7 +184,7 @@ def test_nothing_outlives_the_users_program(script: str) -> None:
 def test_a_forked_copy_of_the_program_may_end_without_ending_the_engine() -> None:
     script = """
         from frontend.core_client import ProcessCoreClient
-        from ipc.messages import IsPaused
+        from ipc.operations import IsPaused
         client = ProcessCoreClient(launch)
         if os.fork() == 0:
             sys.exit(0)

@@ -9,6 +9,7 @@ from ipc.operations import (
     IsPaused,
     IsSleeping,
     PauseGeneration,
+    ReclaimRequest,
     ResetPrefixCache,
     ResumeGeneration,
     Sleep,
@@ -62,6 +63,7 @@ def make_operations() -> list[Message]:
         ResumeGeneration(),
         IsPaused(),
         CheckWorkers(),
+        ReclaimRequest("s", [1, 2]),
     ]
 
 
@@ -75,7 +77,10 @@ def make_messages() -> dict[str, list[Message]]:
     return {
         "FrontendToCore": [
             m.Hello(1, "h", "n", 2),
-            m.AddRequest("r", [1, 2], params, 3.5, [4], 5, lora, "s", [[6]], True, [resumed]),
+            m.AddRequest(
+                "r", [1, 2], params, 3.5, [4], 5, lora, "s", [[6]], True, [resumed],
+                m.Linger("t", 7.5, b"p"),
+            ),
             m.AbortRequests(["r"]),
             m.AbortBranches([("r", 1)]),
             m.ProcessedLogits("r", 1, 2, tensor, "e"),
