@@ -266,7 +266,8 @@ class EngineCore:
 
     def stats(self) -> SchedulerStats:
         """The engine's state now."""
-        return scheduler_stats(self.scheduler, is_idle=not self.scheduler.has_requests)
+        is_idle = not self.scheduler.has_requests
+        return scheduler_stats(self.scheduler, is_idle=is_idle, num_restarts=self._epoch)
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless requests, rows and blocks add up. For tests."""

@@ -110,6 +110,15 @@ class InputProcessor:
         self._num_admitted = 0
         self._eos_token_ids, self._further_eos_token_ids = self._end_of_text_ids()
 
+    def set_limits(self, limits: Limits) -> None:
+        """Take requests for another core from now on."""
+        self._limits = limits
+
+    def close(self) -> None:
+        """End the pool, if there is one."""
+        if self._pool is not None:
+            self._pool.close()
+
     def set_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Tokenise from now on with another tokenizer, and without a pool."""
         self.tokenizer = tokenizer

@@ -63,6 +63,8 @@ class Welcome(Message, frozen=True):
     model_digest: str
     limits: Limits
     config: bytes  # the effective EngineConfig, msgpack
+    core_pid: int = 0
+    supervisor_pid: int = 0  # of who starts another core when this one is lost; 0: nobody does
 
 
 class Refused(Message, frozen=True):
@@ -113,6 +115,7 @@ class AddRequest(Message, frozen=True):
     bad_words_token_ids: list[list[int]] = []  # params.bad_words, tokenised
     has_logits_processors: bool = False  # each row of logits visits the frontend
     resumed: list[ResumedBranch] = []
+    num_attempts: int = 1  # times it was sent; above 1 it was admitted before: never refuse a queue
     linger: Linger | None = None
 
 
@@ -239,6 +242,7 @@ class SchedulerStats(Part, frozen=True):
     num_steps: int = 0  # counter
     num_leaked_blocks: int = 0  # from the self-check of an idle core: always 0
     step_num_tokens: int = 0  # tokens of the latest step
+    num_restarts: int = 0  # counter, from the start of the engine: cores that were lost
 
 
 class EngineOutputs(Message, frozen=True):
@@ -257,6 +261,7 @@ class EngineFailed(Message, frozen=True):
     epoch: int
     reason: str
     exit_code: int
+    killed_by: int = 0  # the signal that ended a worker, if one was the cause and was not ours
 
 
 # ---------------------------------------------------------------- core -> workers

@@ -103,7 +103,7 @@ def test_a_start_that_takes_too_long_is_ended() -> None:
 
 
 def test_a_killed_core_is_reported_and_the_tree_ends() -> None:
-    launch = Launch(make_faulty_config("ChildExecutor"))
+    launch = Launch(make_faulty_config("ChildExecutor", enable_recovery=False))
     launch.wait_ready()
     processes = descendants(launch.pid)
     assert len(processes) == 3
