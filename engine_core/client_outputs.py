@@ -49,8 +49,8 @@ def collect_outputs(
         told.logits_rows.append(LogitsRow(request.req_id, request.index, request.num_tokens, own))
 
 
-def last_words(request: Request) -> EngineOutput:
-    """Tell that a branch ended without another token."""
+def last_words(request: Request, error_kind: str = "EngineGenerateError") -> EngineOutput:
+    """Tell that a branch ended without another token; ``error_kind`` counts where it failed."""
     return EngineOutput(
         request.req_id,
         request.index,
@@ -58,6 +58,7 @@ def last_words(request: Request) -> EngineOutput:
         [],
         request.finish_reason,
         error=request.error,
+        error_kind=error_kind,
     )
 
 

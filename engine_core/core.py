@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from engine_core.block_hash import BlockHasher
 from engine_core.client_outputs import ClientOutputs, collect_outputs, last_words
 from engine_core.control import Control
+from engine_core.gate import Gate
 from engine_core.headroom import AdapterLimit
 from engine_core.intake import Intake, make_limits
 from engine_core.kv_cache_manager import KVCacheManager
@@ -22,7 +23,13 @@ from engine_core.scheduler import Scheduler
 from engine_core.stats import scheduler_stats
 from executor.executor import Executor
 from ipc.config import EngineConfig
-from ipc.errors import EngineError, ProtocolError, RequestError
+from ipc.errors import (
+    DeadlineExceededError,
+    EngineError,
+    EngineOverloadedError,
+    ProtocolError,
+    RequestError,
+)
 from ipc.messages import (
     AddRequest,
     EngineOutput,
@@ -74,6 +81,7 @@ class EngineCore:
         self.scheduler = Scheduler(
             scheduling, kv_cache, vocab_size=ready.vocab_size, adapter_limit=adapter_limit
         )
+        self.gate = Gate(self.limits)
         self._intake = Intake(scheduling, hasher, request_limits)
         self._executor = executor
         self._epoch = epoch
@@ -90,9 +98,11 @@ class EngineCore:
             # Answering under this id would end the request that already has it.
             logger.warning("request id %r came twice from one client: ignored", request.req_id)
             return
+        now_s, room = time.monotonic(), self.scheduler.lifecycle.room
         try:
-            group = self._intake.admit(client, request)
-        except RequestError as err:
+            self.gate.check(request, room, num_open=self.num_open, now_s=now_s)
+            group = self._intake.admit(client, request, now_s=now_s, newest_place=room.newest_place)
+        except (RequestError, EngineOverloadedError, DeadlineExceededError) as err:
             refusal = EngineOutput(
                 request.req_id,
                 0,
@@ -110,6 +120,7 @@ class EngineCore:
         if not group.is_finished:
             groups[request.req_id] = group
             self.scheduler.add(group)
+            self.gate.watch(group)
 
     def abort_requests(self, client: bytes, req_ids: Iterable[str]) -> None:
         """Forget requests; ids that are not open are passed over."""
@@ -149,11 +160,17 @@ class EngineCore:
             self._end(group, FinishReason.ABORT)
         self._undelivered.pop(client, None)
 
-    def fail_group(self, group: RequestGroup, error: str) -> None:
-        """End a whole request with an error, and tell its client."""
+    def fail_group(
+        self,
+        group: RequestGroup,
+        error: str | None,
+        reason: FinishReason = FinishReason.ERROR,
+        error_kind: str = "EngineGenerateError",
+    ) -> None:
+        """End a whole request, with an error by default, and tell its client."""
         self._groups[group.client].pop(group.req_id)
-        for branch in self._end(group, FinishReason.ERROR, error):
-            self._tell(group.client, last_words(branch))
+        for branch in self._end(group, reason, error):
+            self._tell(group.client, last_words(branch, error_kind))
 
     def abort_all(self) -> None:
         """End every open request and tell the clients."""
@@ -192,6 +209,9 @@ class EngineCore:
             EngineError: nothing moves and nothing ever will. Dying of it is better than waiting:
                 a new core starts over with every open request.
         """
+        now_s = time.monotonic()
+        for group, (reason, error, kind) in self.gate.take_overdue(now_s):
+            self.fail_group(group, error, reason, kind)
         if self._control.is_holding:
             return False
         has_submitted = False
@@ -219,6 +239,7 @@ class EngineCore:
             told = {client: ClientOutputs() for client in self._groups}
         for request in (*result.finished, *result.failed):
             group = request.group
+            self._intake.note_output(len(request.output_token_ids))
             if group.is_finished:
                 self._groups.get(group.client, {}).pop(group.req_id, None)
         return self._messages(told, result.step_id)

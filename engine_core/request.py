@@ -68,6 +68,8 @@ class RequestGroup:
     priority: int = 0
     branches: list["Request"] = field(default_factory=list)
     held_back: list["Request"] = field(default_factory=list)  # branches waiting for the leader
+    deadline_s: float | None = None  # on the same clock as ``arrival_s``
+    num_waiting_tokens: int | None = None  # set while it waits to begin, by the waiting room
 
     @property
     def is_finished(self) -> bool:

@@ -47,4 +47,6 @@ def scheduler_stats(scheduler: "Scheduler", *, is_idle: bool) -> SchedulerStats:
         num_steps=counters.num_steps,
         num_leaked_blocks=gpu_pool.num_held + cpu_pool.num_held if is_idle else 0,
         step_num_tokens=counters.step_num_tokens,
+        num_waiting_tokens=lifecycle.room.num_tokens,
+        retry_after_s=lifecycle.room.retry_after_s,
     )

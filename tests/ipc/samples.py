@@ -21,7 +21,7 @@ from ipc.sampling_params import SamplingParams
 
 
 def make_limits() -> m.Limits:
-    return m.Limits(1, 2, 3, 4, 5, 6, 7, 8)
+    return m.Limits(1, 2, 3, 4, 5, 6, 7, 8, 9)
 
 
 def make_token_logprobs() -> m.TokenLogprobs:
@@ -75,7 +75,10 @@ def make_messages() -> dict[str, list[Message]]:
     return {
         "FrontendToCore": [
             m.Hello(1, "h", "n", 2),
-            m.AddRequest("r", [1, 2], params, 3.5, [4], 5, lora, "s", [[6]], True, [resumed]),
+            m.AddRequest(
+                "r", [1, 2], params, 3.5, [4], 5, lora, "s", [[6]], True, [resumed],
+                7.5, 8.5, 9, 2.5, True,
+            ),
             m.AbortRequests(["r"]),
             m.AbortBranches([("r", 1)]),
             m.ProcessedLogits("r", 1, 2, tensor, "e"),
@@ -89,11 +92,12 @@ def make_messages() -> dict[str, list[Message]]:
             m.Refused("why"),
             m.EngineOutputs(
                 1, 2, [make_engine_output()], [m.LogitsRow("r", 1, 2, tensor)],
-                m.SchedulerStats(*range(1, 17)),
+                m.SchedulerStats(*range(1, 18), 18.5),
             ),
             result,
             m.Heartbeat(1.5),
             m.EngineFailed(1, "why", 4),
+            m.EngineDraining(1, "why"),
         ],
         "CoreToWorker": [
             make_scheduler_output(),
