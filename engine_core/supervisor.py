@@ -29,6 +29,7 @@ from ipc.processes import (
 )
 from ipc.status import Listening, Status, StatusReader
 
+DRAIN_GRACE_S = 5.0  # beyond the time that open requests have
 STOP_GRACE_S = 10.0  # for a core that was told to stop or has failed; then it is killed
 REAP_S = 10.0  # for killed processes to be gone, device memory included
 
@@ -58,6 +59,7 @@ class Supervisor:
         is_embedded: whether the tree belongs to a user's process; then it is quiet.
         parent: descriptors that become readable when whoever started us is gone.
         report: told everything that the core says about its start and its end.
+        drain_s: how long a core's open requests may go on after a signal to stop.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class Supervisor:
         parent: list[int],
         is_embedded: bool,
         report: Callable[[Status], None],
+        drain_s: float = 0.0,
     ) -> None:
         self._config = config
         self._directory = make_ipc_directory() if listen is None else None
@@ -76,6 +79,7 @@ class Supervisor:
         self._curve_keys = curve_keys
         self._parent = parent
         self._is_embedded = is_embedded
+        self._drain_s = drain_s
         self._report = report
         self._signals = SignalWatch(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         self._is_stopping = False
@@ -95,6 +99,7 @@ class Supervisor:
         death_read, death_write = os.pipe()
         status_read, status_write = os.pipe()
         arguments = ["--core", "--listen", self._listen, "--epoch", str(epoch)]
+        arguments += ["--shutdown-timeout", str(self._drain_s)]
         arguments += ["--status-fd", str(status_write), "--death-fd", str(death_read)]
         if self._is_embedded:
             arguments.append("--embedded")
@@ -150,7 +155,8 @@ class Supervisor:
             if self._is_stopping:
                 return False
             self._is_stopping = True
-            self._kill_at_s = time.monotonic() + STOP_GRACE_S
+            grace_s = self._drain_s + DRAIN_GRACE_S if self._drain_s else STOP_GRACE_S
+            self._kill_at_s = time.monotonic() + grace_s
             core.process.terminate()
         return True
 

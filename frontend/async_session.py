@@ -27,11 +27,12 @@ from frontend.stat_loggers import StatLoggerGroup
 from frontend.tokenizer import Tokenizer
 from frontend.tokenizer_pool import TokenizerPool
 from ipc.config import EngineConfig
-from ipc.errors import EngineDeadError, EngineError, EngineOverloadedError
+from ipc.errors import EngineDeadError, EngineError
 from ipc.messages import (
     AbortBranches,
     AbortRequests,
     CoreToFrontend,
+    EngineDraining,
     EngineFailed,
     EngineOutputs,
     FrontendToCore,
@@ -195,14 +196,15 @@ class AsyncSession:
             EngineOverloadedError: too much is in flight; nothing was sent.
             EngineDeadError: there is no engine any more.
         """
-        self._check_can_open(new)
+        self.check_admission(new)
         prompt = parse_prompt(new.inputs)
         if prompt.token_ids is None:
             assert prompt.text is not None
             text, options = prompt.text, new.tokenization_kwargs
             prompt.token_ids = await self.inputs.tokenize_async(text, options)
-            self._check_can_open(new)  # the world went on meanwhile
+            self.check_admission(new, len(prompt.token_ids))  # the world went on meanwhile
         admitted = self.inputs.admit(new, prompt)
+        self.outputs.admission.note_sent(len(admitted.message.prompt_token_ids))
         self._client.send(admitted.message)
         state = self.outputs.open(admitted, self._client.welcome.epoch)
         record = self._streams[admitted.message.req_id] = StreamRecord(state)
@@ -235,9 +237,18 @@ class AsyncSession:
         return await self._client.call(operation)
 
     def check_health(self) -> None:
-        """Raise EngineDeadError when the engine is dead, or silent for too long; never wait."""
+        """Raise when the engine is dead, silent for too long, or stopping; never wait."""
         self._check_alive()
+        self.outputs.admission.check_draining()
         self._liveness.check()
+
+    def check_admission(self, new: NewRequest | None = None, num_tokens: int = 0) -> None:
+        """Raise what ``open`` would raise now, as far as is known without the prompt."""
+        self._check_alive()
+        if new is not None:
+            self.outputs.check_is_free(new.request_id)
+        limits = self._client.welcome.limits
+        self.outputs.admission.check(limits, len(self._streams), num_tokens)
 
     def log_stats(self) -> None:
         """Make every stat logger say what it has."""
@@ -256,6 +267,8 @@ class AsyncSession:
         if isinstance(message, EngineFailed):
             self.die(EngineDeadError(message.reason, message.exit_code))
             return
+        if isinstance(message, EngineDraining):
+            self.outputs.admission.note_draining(message.reason)
         if not isinstance(message, EngineOutputs):
             return
         result = self.outputs.process(message, frames, time.time())
@@ -334,16 +347,6 @@ class AsyncSession:
                 self._client.send(message, frames)
         except EngineError as err:
             logger.warning("could not tell the engine: %s", err)
-
-    def _check_can_open(self, new: NewRequest) -> None:
-        self._check_alive()
-        self.outputs.check_is_free(new.request_id)
-        limits = self._client.welcome.limits
-        max_open = limits.max_num_seqs + limits.max_waiting_requests
-        if len(self._streams) >= max_open:
-            raise EngineOverloadedError(
-                f"{len(self._streams)} requests are in flight, at most {max_open}"
-            )
 
     def _check_alive(self) -> None:
         if self.dead is not None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
+from frontend.deadlines import check_timeout
 from frontend.logits_processors import LogitsProcessor, resolve_processors
 from frontend.lora_request import LoRARequest
 from frontend.pooling_params import PoolingParams
@@ -54,6 +55,10 @@ class NewRequest:
     data_parallel_rank: int | None = None
     # The HTTP API refuses a max_tokens that the context has no room for; else it is cut to fit.
     max_tokens_must_fit: bool = False
+    timeout: float | None = None  # seconds from admission on; then it ends
+    deadline: float | None = None  # the same as a moment of time.monotonic()
+    tenant: int = 0  # whose share of the engine it takes; 0: nobody's
+    tenant_weight: float = 1.0
 
 
 @dataclass(slots=True)
@@ -172,6 +177,9 @@ class InputProcessor:
             cache_salt=_check_id("cache_salt", new.cache_salt or prompt.cache_salt),
             bad_words_token_ids=self._bad_words(params.bad_words or ()),
             has_logits_processors=bool(processors),
+            deadline_s=_deadline(new),
+            tenant=new.tenant,
+            tenant_weight=new.tenant_weight,
         )
         text = new.prompt_text if prompt.text is None else prompt.text
         return AdmittedRequest(new.request_id, text, params, message, new.lora_request, processors)
@@ -383,6 +391,14 @@ def _check_caps(params: SamplingParams) -> None:
                 f"{len(getattr(params, name))}",
                 name,
             )
+
+
+def _deadline(new: NewRequest) -> float | None:
+    timeout_s = check_timeout(new.timeout)
+    if timeout_s is None:
+        return new.deadline
+    ends_s = time.monotonic() + timeout_s
+    return ends_s if new.deadline is None else min(ends_s, new.deadline)
 
 
 def _check_id(name: str, value: str | None) -> str | None:

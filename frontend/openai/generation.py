@@ -15,6 +15,7 @@ from frontend.openai.errors import (
     TooLargeError,
 )
 from frontend.openai.protocol import Body, Prompt, Tuning, check_plain, decode_body
+from frontend.openai.request_limits import NO_LIMITS, RequestLimits, read_limits
 from frontend.openai.sse import TextShortcut, first_error
 from frontend.openai.state import ServerState
 from frontend.outputs import RequestOutput
@@ -38,6 +39,7 @@ class Job:
     cache_salt: str | None
     add_special_tokens: bool
     field_names: Mapping[str, str]  # the engine's name of a field -> the body's
+    limits: RequestLimits = NO_LIMITS
 
 
 async def read_body(request: Request, kind: type[Body], state: ServerState) -> Body:
@@ -101,6 +103,7 @@ def make_jobs(
         request.state.request_id = body.request_id  # echoed in a header, used for nothing else
     tenant = getattr(request.state, "tenant", None)
     salts = [salt for salt in (tenant, body.cache_salt) if salt is not None]
+    limits = read_limits(request)
     group = secrets.token_hex(16)
     add_special_tokens = getattr(body, "add_special_tokens", True)
     return [
@@ -112,6 +115,7 @@ def make_jobs(
             cache_salt=":".join(salts) or None,
             add_special_tokens=True if add_special_tokens is None else add_special_tokens,
             field_names=field_names,
+            limits=limits,
         )
         for i, prompt in enumerate(prompts)
     ]
@@ -133,16 +137,29 @@ async def consume(
         "priority": job.priority,
         "cache_salt": job.cache_salt,
         "max_tokens_must_fit": True,
+        **job.limits.options(),
     }
     inputs: dict[str, Any] = {"prompt_token_ids": job.prompt}
     if isinstance(job.prompt, str):
         inputs = {"prompt": job.prompt}
         options["tokenization_kwargs"] = {"add_special_tokens": job.add_special_tokens}
     try:
-        stream = await state.engine.add_request(job.req_id, inputs, job.params, **options)
+        async with job.limits.in_time():
+            await _consume(state, job, inputs, options, take, shortcut)
     except RequestError as err:
         err.param = job.field_names.get(err.param or "", err.param)
         raise
+
+
+async def _consume(
+    state: ServerState,
+    job: Job,
+    inputs: dict[str, Any],
+    options: dict[str, Any],
+    take: Callable[[RequestOutput], Awaitable[None]],
+    shortcut: TextShortcut | None,
+) -> None:
+    stream = await state.engine.add_request(job.req_id, inputs, job.params, **options)
     state.open_req_ids.add(job.req_id)
     if shortcut is not None:
         stream.offer_news_to(shortcut)
