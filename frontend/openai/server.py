@@ -40,6 +40,7 @@ TICKS_PER_GC = 10  # idle for a second at most before garbage is collected
 TICKS_PER_STATS_LINE = 100  # ten seconds: what the last requests did is said soon, not at the next
 GRACE_AFTER_DRAIN_S = 1.0  # for aborted requests to tell their clients
 GRACE_AFTER_CLOSE_S = 2  # for connections to take what was written
+GRACE_WHEN_FORCED_S = 0.4
 HARD_EXIT_S = 5.0  # after the limit, whatever hangs
 SECOND_SIGNAL_S = 2.0
 GRACE_AFTER_DEATH_S = 1.0  # open requests still get their error
@@ -123,7 +124,7 @@ class HttpServer(uvicorn.Server):
     """uvicorn's server, with an orderly end.
 
     The first signal drains: nothing new is admitted, open requests finish. When the time is up,
-    what is left is aborted, and its streams end with that reason. A second signal ends at once.
+    what is left is aborted, and its streams end with that reason. A second signal does so at once.
     """
 
     def __init__(self, config: uvicorn.Config, state: ServerState, shutdown_timeout: float) -> None:
@@ -134,12 +135,14 @@ class HttpServer(uvicorn.Server):
         self._drain_until: float | None = None
         self._dead_since: float | None = None
         self._has_aborted = False
+        self._is_forced = False  # by a second signal
         self._num_collected = 0  # requests whose garbage was collected
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by the interpreter at SIGINT and SIGTERM."""
         if self._state.is_draining:
-            self.should_exit = self.force_exit = True
+            self._is_forced = True
+            self._drain_until = time.monotonic()
             _end_within(SECOND_SIGNAL_S)
             return
         self._state.is_draining = True
@@ -168,8 +171,10 @@ class HttpServer(uvicorn.Server):
 
     async def _drain(self, until: float) -> None:
         now = time.monotonic()
-        if self._state.num_open == 0 or now > until + GRACE_AFTER_DRAIN_S:
+        grace_s = GRACE_WHEN_FORCED_S if self._is_forced else GRACE_AFTER_DRAIN_S
+        if self._state.num_open == 0 or now > until + grace_s:
             self.should_exit = True
+            self.force_exit = self._is_forced and self._state.num_open > 0
         elif now > until and not self._has_aborted:
             self._has_aborted = True
             logger.warning("aborting %d requests: the time is up", len(self._state.open_req_ids))
