@@ -36,6 +36,11 @@ class FrontendAdmission:
         """Count a prompt that the core may not have counted yet."""
         self._num_sent_tokens += num_tokens
 
+    def note_welcome(self) -> None:
+        """Another core took the place of the former one: what that said does not hold any more."""
+        self.note_stats(SchedulerStats())
+        self._drain_reason = None
+
     def note_draining(self, reason: str) -> None:
         """The core takes nothing new any more."""
         self._drain_reason = reason

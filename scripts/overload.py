@@ -63,6 +63,10 @@ class Server:
         self.peak_rss = max(self.peak_rss, total)
         return total
 
+    def own_rss(self) -> int:
+        """Resident bytes of the process that the clients are connected to."""
+        return int(psutil.Process(self.process.pid).memory_info().rss)
+
     def num_fds(self) -> int:
         """Descriptors of the process that the clients are connected to."""
         return int(psutil.Process(self.process.pid).num_fds())
@@ -168,19 +172,33 @@ def quantile(values: list[float], share: float) -> float | None:
 # ---------------------------------------------------------------- the loads
 
 
-async def flood(server: Server, num_requests: int, max_tokens: int) -> dict[str, Any]:
-    """Everybody at once: most are refused, and at once; whoever is let in is served."""
-    before = server.rss()
+async def flood(
+    server: Server, num_requests: int, max_tokens: int, over_s: float = 0.0
+) -> dict[str, Any]:
+    """Everybody at once: most are refused, and at once; whoever is let in is served.
+
+    Args:
+        over_s: come within so many seconds instead, so that the client's own queue is short.
+    """
+    await saturate(server, 64, 2.0, max_tokens, "def f")  # so that memory is touched
+    before, own_before = server.rss(), server.own_rss()
+    own_peak = 0
     request = request_bytes(prompt="def f", max_tokens=max_tokens, stream=True)
     slots = asyncio.Semaphore(4000)  # sockets of this process
 
-    async def one() -> Answer:
+    async def one(delay_s: float) -> Answer:
+        nonlocal own_peak
+        await asyncio.sleep(delay_s)
         async with slots:
-            return await ask(server.port, request)
+            answer = await ask(server.port, request)
+        if answer.status == 200:
+            own_peak = max(own_peak, server.own_rss())
+        return answer
 
     async with asyncio.TaskGroup() as tasks:
         watcher = tasks.create_task(_watch_rss(server))
-        running = [tasks.create_task(one()) for _ in range(num_requests)]
+        delays = [over_s * i / num_requests for i in range(num_requests)]
+        running = [tasks.create_task(one(delay_s)) for delay_s in delays]
         await asyncio.wait(running)
         watcher.cancel()
     answers = [task.result() for task in running]
@@ -193,6 +211,7 @@ async def flood(server: Server, num_requests: int, max_tokens: int) -> dict[str,
         "reject_s": {q: quantile([a.head_s for a in refused], float(q)) for q in ("0.5", "0.99")},
         "accepted_unfinished": sum(not (a.is_complete and a.finish_reason) for a in accepted),
         "rss_growth_mb": (server.peak_rss - before) >> 20,
+        "rss_growth_of_the_api_process_mb": max(0, own_peak - own_before) >> 20,
     }
 
 
@@ -236,7 +255,8 @@ async def saturate(
     async def client() -> None:
         nonlocal count
         while time.monotonic() < ends_s:
-            count += (await ask(server.port, request)).is_complete
+            answer = await ask(server.port, request)
+            count += answer.is_complete
 
     async with asyncio.TaskGroup() as tasks:
         for _ in range(clients):
@@ -355,6 +375,7 @@ def main() -> int:
     parser.add_argument("load", choices=("flood", "goodput", "drain", "slow"))
     parser.add_argument("--model", type=Path, default=TINY)
     parser.add_argument("--requests", type=int, default=10_000, help="flood: how many at once")
+    parser.add_argument("--over", type=float, default=0.0, help="flood: come within SECONDS")
     parser.add_argument("--queue", type=int, default=1000, help="requests that may wait")
     parser.add_argument("--streams", type=int, help="drain: 64, slow: 32")
     parser.add_argument("--seconds", type=float, default=120.0, help="goodput: of each rate")
@@ -367,7 +388,7 @@ def main() -> int:
     with running_server(args.model, *flags) as server:
         match args.load:
             case "flood":
-                seen = asyncio.run(flood(server, args.requests, args.max_tokens))
+                seen = asyncio.run(flood(server, args.requests, args.max_tokens, args.over))
             case "goodput":
                 seen = asyncio.run(goodput(server, 64, args.seconds, args.max_tokens))
             case "drain":

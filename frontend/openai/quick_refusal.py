@@ -22,11 +22,18 @@ class QuickRefusal:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer with 429 or 503 at once, or pass on."""
-        if scope["type"] == "http" and scope["path"].endswith(GENERATION_PATHS):
-            try:
-                self._state.check_admission()
-            except EngineError as refusal:
-                if scope["method"] == "POST":
-                    await error_response(refusal)(scope, receive, send)
-                    return
-        await self._app(scope, receive, send)
+        if (refusal := self._refusal(scope)) is not None:
+            await error_response(refusal)(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _refusal(self, scope: Scope) -> EngineError | None:
+        if scope["type"] != "http" or scope["method"] != "POST":
+            return None
+        if not scope["path"].endswith(GENERATION_PATHS):
+            return None
+        try:
+            self._state.check_admission()
+        except EngineError as refusal:
+            return refusal
+        return None

@@ -12,7 +12,8 @@ from pathlib import Path
 import overload
 import pytest
 
-from tests.e2e.engines import ROOT, TINY
+from frontend import LLM
+from tests.e2e.engines import ROOT, TINY, greedy
 from tests.e2e.processes import Traces, assert_nothing_left
 from tests.fuzz.servers import free_port, wait_until_ready
 
@@ -125,3 +126,13 @@ def test_a_daemon_drains_for_its_frontends(tmp_path: Path) -> None:
         server.wait(30)
         assert time.monotonic() - began_s < 30
     assert_nothing_left(before)
+
+
+def test_a_batch_of_any_size_is_no_overload() -> None:
+    llm = LLM(
+        model=str(TINY), dtype="float32", device="cpu", worker_threads=1, max_num_seqs=4,
+        max_waiting_requests=2, max_waiting_tokens=32, disable_log_stats=True,
+    )  # fmt: skip
+    prompts = ["def f(x): return " * (1 + i % 6) for i in range(60)]
+    outputs = llm.generate(prompts, greedy(4), use_tqdm=False)
+    assert [output.outputs[0].finish_reason for output in outputs] == ["length"] * 60

@@ -48,6 +48,15 @@ def test_a_draining_core_gets_nothing_new() -> None:
         admission.check(LIMITS, 0)
 
 
+def test_another_core_begins_with_an_empty_queue() -> None:
+    admission = FrontendAdmission()
+    admission.note_stats(SchedulerStats(num_waiting_tokens=5000, retry_after_s=30.0))
+    admission.note_draining("stopped")
+    admission.note_welcome()
+    admission.check(LIMITS, 1, 200)
+    assert admission.retry_after_s == 1.0
+
+
 def test_refusals_get_advice_and_are_reported_once() -> None:
     admission = FrontendAdmission()
     admission.note_stats(SchedulerStats(retry_after_s=9.0))
