@@ -49,6 +49,13 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--listen", help="ipc:///path or tcp://host:port; default: a private path")
     parser.add_argument("--curve-keys", type=Path, help="directory made by 'heliograph keys DIR'")
+    parser.add_argument(
+        "--shutdown-timeout",
+        type=_seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long open requests may go on after a signal to stop; default %(default)s",
+    )
     for name in ("--core", "--embedded"):
         parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
     for name in ("--epoch", "--status-fd", "--death-fd", "--parent-pid"):
@@ -65,6 +72,7 @@ def _run_core(options: argparse.Namespace) -> int:
         epoch=options.epoch,
         status_fd=options.status_fd,
         death_fd=options.death_fd,
+        drain_s=options.shutdown_timeout,
     )
     return CoreProcess(core_options).run()
 
@@ -108,8 +116,19 @@ def _run_daemon(options: argparse.Namespace, engine_flags: list[str]) -> int:
         parent=[],
         is_embedded=False,
         report=_print_status,
+        drain_s=options.shutdown_timeout,
     )
     return supervisor.run()
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError as err:
+        raise argparse.ArgumentTypeError(f"not a number: {text!r}") from err
+    if not 0.0 <= seconds <= 86400.0:
+        raise argparse.ArgumentTypeError(f"not between 0 and 86400: {text!r}")
+    return seconds
 
 
 def _exit(number: int, _frame: FrameType | None) -> None:

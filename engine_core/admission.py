@@ -41,6 +41,7 @@ class Admission:
         """Add to ``step`` who can enter now."""
         lifecycle, headroom = self._lifecycle, self._headroom
         headroom.begin_step()
+        lifecycle.room.advance(step.now_s)
         if headroom.is_too_early(lifecycle.waiting, lifecycle.running, step.now_s):
             return
         entered = []

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from engine_core.request import Request
 from engine_core.step_result import StepResult
-from ipc.messages import EngineOutput, LogitsRow
+from ipc.messages import EngineOutput, FinishReason, LogitsRow
 from ipc.records import TensorRef
 from ipc.tensors import Frames, read
 
@@ -49,8 +49,14 @@ def collect_outputs(
         told.logits_rows.append(LogitsRow(request.req_id, request.index, request.num_tokens, own))
 
 
-def last_words(request: Request) -> EngineOutput:
-    """Tell that a branch ended without another token."""
+def refusal(req_id: str, error: Exception) -> EngineOutput:
+    """Tell that a request was not admitted."""
+    kind = type(error).__name__
+    return EngineOutput(req_id, 0, 0, [], FinishReason.ERROR, error=str(error), error_kind=kind)
+
+
+def last_words(request: Request, error_kind: str = "EngineGenerateError") -> EngineOutput:
+    """Tell that a branch ended without another token; ``error_kind`` counts where it failed."""
     return EngineOutput(
         request.req_id,
         request.index,
@@ -58,6 +64,7 @@ def last_words(request: Request) -> EngineOutput:
         [],
         request.finish_reason,
         error=request.error,
+        error_kind=error_kind,
     )
 
 

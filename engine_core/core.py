@@ -11,8 +11,9 @@ import time
 from collections.abc import Iterable
 
 from engine_core.block_hash import BlockHasher
-from engine_core.client_outputs import ClientOutputs, collect_outputs, last_words
+from engine_core.client_outputs import ClientOutputs, collect_outputs, last_words, refusal
 from engine_core.control import Control
+from engine_core.gate import Gate
 from engine_core.headroom import AdapterLimit
 from engine_core.intake import Intake, make_limits
 from engine_core.kv_cache_manager import KVCacheManager
@@ -23,7 +24,13 @@ from engine_core.scheduler import Scheduler
 from engine_core.stats import scheduler_stats
 from executor.executor import Executor
 from ipc.config import EngineConfig
-from ipc.errors import EngineError, ProtocolError, RequestError
+from ipc.errors import (
+    DeadlineExceededError,
+    EngineError,
+    EngineOverloadedError,
+    ProtocolError,
+    RequestError,
+)
 from ipc.messages import (
     AddRequest,
     EngineOutput,
@@ -75,6 +82,7 @@ class EngineCore:
         self.scheduler = Scheduler(
             scheduling, kv_cache, vocab_size=ready.vocab_size, adapter_limit=adapter_limit
         )
+        self.gate = Gate(self.limits)
         self._intake = Intake(scheduling, hasher, request_limits)
         self._executor = executor
         self._epoch = epoch
@@ -92,20 +100,13 @@ class EngineCore:
             # Answering under this id would end the request that already has it.
             logger.warning("request id %r came twice from one client: ignored", request.req_id)
             return
+        now_s, room = time.monotonic(), self.scheduler.lifecycle.room
         try:
             self.lingering.check(request)
-            group = self._intake.admit(client, request)
-        except RequestError as err:
-            refusal = EngineOutput(
-                request.req_id,
-                0,
-                0,
-                [],
-                FinishReason.ERROR,
-                error=str(err),
-                error_kind=type(err).__name__,
-            )
-            self._tell(client, refusal)
+            self.gate.check(request, room, num_open=self.num_open, now_s=now_s)
+            group = self._intake.admit(client, request, now_s=now_s, newest_place=room.newest_place)
+        except (RequestError, EngineOverloadedError, DeadlineExceededError) as err:
+            self._tell(client, refusal(request.req_id, err))
             return
         for branch in group.branches:
             if branch.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
@@ -114,6 +115,7 @@ class EngineCore:
             groups[request.req_id] = group
             self.lingering.add(request, group)
             self.scheduler.add(group)
+            self.gate.watch(group)
 
     def abort_requests(self, client: bytes, req_ids: Iterable[str]) -> None:
         """Forget requests; ids that are not open are passed over."""
@@ -164,15 +166,13 @@ class EngineCore:
         group: RequestGroup,
         reason: FinishReason,
         error: str | None = None,
-        *,
-        is_told: bool = True,
+        error_kind: str = "EngineGenerateError",
     ) -> None:
-        """End a whole request that is open, for good; its client is told unless it knows."""
+        """End a whole request that is open, for good, and tell its client."""
         self._groups[group.client].pop(group.req_id)
         self.lingering.forget(group)
         for branch in self._end(group, reason, error):
-            if is_told:
-                self._tell(group.client, last_words(branch))
+            self._tell(group.client, last_words(branch, error_kind))
 
     def abort_all(self) -> None:
         """End every open request and tell the clients."""
@@ -209,8 +209,11 @@ class EngineCore:
             EngineError: nothing moves and nothing ever will. Dying of it is better than waiting:
                 a new core starts over with every open request.
         """
-        for group in self.lingering.expire(time.monotonic()) if len(self.lingering) else ():
-            self.end_group(group, FinishReason.ABORT, is_told=False)
+        now_s = time.monotonic()
+        for group in self.lingering.expire(now_s) if len(self.lingering) else ():
+            self.end_group(group, FinishReason.ABORT)
+        for group, (reason, error, kind) in self.gate.take_overdue(now_s):
+            self.end_group(group, reason, error, kind)
         if self._control.is_holding:
             return False
         has_submitted = False
@@ -238,6 +241,7 @@ class EngineCore:
             told = {client: ClientOutputs() for client in self._groups}
         for request in (*result.finished, *result.failed):
             group = request.group
+            self._intake.note_output(len(request.output_token_ids))
             if group.is_finished:
                 self._groups.get(group.client, {}).pop(group.req_id, None)
                 self.lingering.note_end(group, now_s)

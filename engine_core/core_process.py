@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from engine_core.core_server import CoreServer, settle_garbage_collection
+from engine_core.drain import Drain
 from engine_core.start import StartedCore, start_core
 from ipc.channel import RouterChannel
 from ipc.config import EngineConfig, decode_config
@@ -43,6 +44,7 @@ class CoreOptions:
     epoch: int
     status_fd: int
     death_fd: int
+    drain_s: float = 0.0  # how long open requests may go on after a signal to stop
 
 
 class CoreProcess:
@@ -93,7 +95,8 @@ class CoreProcess:
     def _serve(self, started: StartedCore, channel: "RouterChannel[FrontendToCore]") -> ExitCode:
         signals = SignalWatch(signal.SIGTERM, signal.SIGINT)
         welcome = self._introduce(started.welcome)
-        server = CoreServer(started.core, started.executor, channel, welcome, signals)
+        drain = Drain(started.core, self._options.drain_s)
+        server = CoreServer(started.core, started.executor, channel, welcome, signals, drain)
         settle_garbage_collection()
         self._status.write(Listening(self._address, os.getpid(), self._options.epoch))
         try:

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from engine_core.dispatch import answer_call, dispatch
+from engine_core.drain import Drain
 from engine_core.outbox import FrontendState
 from ipc.channel import RouterChannel, wait
 from ipc.config import EngineConfig, encode_config
@@ -21,6 +22,7 @@ from ipc.messages import (
     Ack,
     Call,
     CoreToFrontend,
+    EngineDraining,
     EngineFailed,
     EngineOutputs,
     FrontendToCore,
@@ -64,31 +66,48 @@ class CoreServer:
         channel: "RouterChannel[FrontendToCore]",
         welcome: Welcome,
         signals: SignalWatch,
+        drain: Drain,
     ) -> None:
         self._core = core
         self._executor = executor
         self._channel = channel
         self._welcome = welcome
         self._signals = signals
+        self._drain = drain
         self._frontends: dict[bytes, FrontendState] = {}
         self._next_check_s = 0.0
         self._has_garbage = False
 
     def run(self) -> None:
-        """Serve until a termination signal arrives; frontends are told before it returns."""
-        while not (signals := self._signals.take()):
+        """Serve until a termination signal, and the drain after it; frontends are told."""
+        while (reason := self._stop_reason()) is None:
             has_moved = self._drain_frontends()
             has_moved |= self._step()
             if time.monotonic() >= self._next_check_s:
                 self._drop_departed(SILENCE_S)
             if not has_moved:
                 self._rest()
-        self.announce_end(f"the engine was stopped by {signals[0].name}", ExitCode.CLEAN)
+        self._publish(self._core.drain_outputs())
+        self.announce_end(reason, ExitCode.CLEAN)
+
+    def _stop_reason(self) -> str | None:
+        """Why to end now, if so; the first signal makes everybody know that the end is near."""
+        signals = self._signals.take()
+        if not signals and self._drain.ends_s is None:
+            return None
+        owes_outputs = any(state.pending is not None for state in self._frontends.values())
+        reason = self._drain.advance(signals, time.monotonic(), owes_outputs=owes_outputs)
+        if reason is None and signals:
+            for peer in list(self._frontends):
+                self._send(peer, EngineDraining(self._welcome.epoch, self._drain.reason))
+        return reason
 
     def announce_end(self, reason: str, exit_code: ExitCode) -> None:
-        """Say the last words to every frontend."""
+        """Say the last words to every frontend, after what waited for its credits."""
         failed = EngineFailed(self._welcome.epoch, reason, exit_code)
-        for peer in self._frontends:
+        for peer, frontend in self._frontends.items():
+            if frontend.pending is not None:
+                self._channel.send(peer, frontend.pending)
             self._channel.send(peer, failed)
 
     def _step(self) -> bool:
@@ -109,6 +128,10 @@ class CoreServer:
         timeout_s = _IDLE_S if self._frontends else None
         if self._has_garbage and not self._core.has_unfinished:
             timeout_s = _SETTLED_S
+        for moment_s in (self._core.gate.next_deadline_s, self._drain.ends_s):
+            if moment_s is not None:
+                left_s = max(0.0, moment_s - time.monotonic())
+                timeout_s = left_s if timeout_s is None else min(timeout_s, left_s)
         ready = wait([self._channel, *self._executor.channels, self._signals.fileno()], timeout_s)
         if not ready and self._has_garbage and not self._core.has_unfinished:
             gc.collect()
@@ -175,6 +198,8 @@ class CoreServer:
             last_heard_s=time.monotonic(),
         )
         self._send(peer, self._welcome)
+        if self._drain.ends_s is not None:
+            self._send(peer, EngineDraining(self._welcome.epoch, self._drain.reason))
 
     def _drop_departed(self, silence_s: float) -> None:
         """Find out which silent frontends are gone: sending to those fails.

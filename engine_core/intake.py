@@ -1,9 +1,10 @@
 """From a client's message to the branches that the scheduler runs."""
 
 import logging
-import time
 
 from engine_core.block_hash import BlockHasher, ExtraKeys
+from engine_core.fair_share import FairShare
+from engine_core.gate import deadline_of
 from engine_core.kv_cache_manager import KVCacheManager
 from engine_core.request import RequestGroup, make_branch
 from engine_core.request_checks import RequestLimits, check_request
@@ -15,6 +16,7 @@ from ipc.messages import AddRequest, FinishReason, Limits, ProcessedLogits, Work
 from ipc.tensors import Frames, read
 
 CREDITS = 128  # EngineOutputs that a frontend may leave unacknowledged
+TOKENS_PER_WAITING_REQUEST = 1024  # by default; so the bound bites where prompts are long
 
 logger = logging.getLogger(__name__)
 
@@ -29,9 +31,15 @@ class Intake:
         self._hasher = hasher
         self._limits = request_limits
         self._num_arrived = 0
+        self._fair_share = FairShare()
 
-    def admit(self, client: bytes, request: AddRequest) -> RequestGroup:
+    def admit(
+        self, client: bytes, request: AddRequest, *, now_s: float, newest_place: int
+    ) -> RequestGroup:
         """Check a request and build its branches; those that a former epoch ended have finished.
+
+        Args:
+            newest_place: the largest leading part of ``Request.order`` that has begun.
 
         Raises:
             RequestError: it cannot be served; says what to change.
@@ -47,21 +55,30 @@ class Intake:
             prompt_token_ids=request.prompt_token_ids,
             params=request.params,
             eos_token_ids=frozenset(request.eos_token_ids),
-            arrival_s=time.monotonic(),
+            arrival_s=now_s,
             root_hash=self._hasher.root(extra),
             adapter_id=extra.adapter_id,
+            deadline_s=deadline_of(request, now_s),
         )
-        priority = request.priority if self._is_by_priority else 0
         self._num_arrived += 1
         max_output_tokens = self._limits.max_model_len - len(request.prompt_token_ids)
         if request.params.max_tokens is not None:
             max_output_tokens = min(max_output_tokens, request.params.max_tokens)
+        place = request.priority
+        if not self._is_by_priority:
+            place = self._fair_share.place(
+                request.tenant,
+                request.tenant_weight,
+                num_prompt_tokens=len(request.prompt_token_ids),
+                max_output_tokens=max_output_tokens * request.params.num_branches,
+                newest_place=newest_place,
+            )
         for index in range(request.params.num_branches):
             make_branch(
                 group,
                 index,
                 make_row_params(request, index, self._limits.vocab_size),
-                order=(priority, self._num_arrived, index),
+                order=(place, self._num_arrived, index),
                 max_output_tokens=max_output_tokens,
             )
         for resumed in request.resumed:
@@ -72,6 +89,10 @@ class Intake:
             elif resumed.token_ids and (stop := check_stop(branch)) is not None:
                 branch.finish(stop[0], stop[1])
         return group
+
+    def note_output(self, num_tokens: int) -> None:
+        """Learn from a branch that ended how long outputs are."""
+        self._fair_share.note_output(num_tokens)
 
     def read_logits(self, message: ProcessedLogits, frames: Frames) -> memoryview:
         """The row that the user's processors gave back.
@@ -102,7 +123,11 @@ def make_limits(config: EngineConfig, kv_cache: KVCacheManager, ready: WorkerRea
             kv_cache.gpu_pool.num_usable,
             kv_cache.block_size,
         )
-    max_waiting = scheduling.max_waiting_requests
+    max_waiting, max_tokens = scheduling.max_waiting_requests, scheduling.max_waiting_tokens
+    if max_waiting is None:
+        max_waiting = 4 * scheduling.max_num_seqs
+    if max_tokens is None:
+        max_tokens = TOKENS_PER_WAITING_REQUEST * max(max_waiting, scheduling.max_num_seqs)
     return Limits(
         max_model_len=max_model_len,
         max_num_seqs=scheduling.max_num_seqs,
@@ -110,6 +135,7 @@ def make_limits(config: EngineConfig, kv_cache: KVCacheManager, ready: WorkerRea
         num_gpu_blocks=ready.num_gpu_blocks,
         num_cpu_blocks=ready.num_cpu_blocks,
         vocab_size=ready.vocab_size,
-        max_waiting_requests=4 * scheduling.max_num_seqs if max_waiting is None else max_waiting,
+        max_waiting_requests=max_waiting,
         credits=CREDITS,
+        max_waiting_tokens=max_tokens,
     )

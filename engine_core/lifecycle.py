@@ -13,6 +13,7 @@ from engine_core.request_queue import RequestQueue
 from engine_core.row_pool import RowPool
 from engine_core.stats import SchedulerCounters
 from engine_core.step_builder import StepBuilder
+from engine_core.waiting_room import WaitingRoom
 from ipc.config import SchedulerConfig
 from ipc.messages import FinishReason, NewRow
 
@@ -33,6 +34,7 @@ class Lifecycle:
         self._kv_cache = kv_cache
         self._preemption_mode = config.preemption_mode
         self.waiting = RequestQueue()
+        self.room = WaitingRoom()
         self.running: list[Request] = []
         self.leaving: list[Request] = []  # finished, but a submitted step still uses their row
         self.rows = RowPool(config.max_num_seqs)
@@ -50,6 +52,7 @@ class Lifecycle:
         if live:
             group.held_back.extend(live[1:])
             self.waiting.join(live[0])
+            self.room.enter(group)
 
     def enter(self, request: Request, num_new_tokens: int, step: StepBuilder) -> None:
         """Give a request that has its blocks a row, and begin."""
@@ -59,6 +62,7 @@ class Lifecycle:
         request.num_released_told = request.num_released_blocks
         if request.first_scheduled_s is None:
             request.first_scheduled_s = step.now_s
+            self.room.begin(request.group, request.order[0], step.now_s)
         insort(self.running, request, key=_order)
         step.new_rows.append(
             NewRow(
@@ -140,6 +144,8 @@ class Lifecycle:
             self._release_held_back(group)
         self.num_swapped -= request.status is RequestStatus.SWAPPED
         request.finish(reason, stop_reason, error)
+        if group.num_waiting_tokens is not None and group.is_finished:
+            self.room.leave(group)
         if request.row is not None and self.is_in_flight(request):
             self.leaving.append(request)
         else:
@@ -190,6 +196,10 @@ class Lifecycle:
         self._kv_cache.gpu_pool.check_invariants([r.block_ids for r in holders])
         self._kv_cache.cpu_pool.check_invariants([r.cpu_block_ids for r in swapped])
         assert self.rows.num_free + len(rows) == self.rows.num_rows, "rows do not add up"
+        groups = {id(branch.group): branch.group for branch in branches}.values()
+        counts = [g.num_waiting_tokens for g in groups if g.num_waiting_tokens is not None]
+        assert self.room.num_requests == len(counts), "count of those who wait to begin is off"
+        assert self.room.num_tokens == sum(counts), "tokens that wait to begin do not add up"
 
     def _release(self, request: Request) -> None:
         self._kv_cache.free(request)

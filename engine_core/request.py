@@ -69,6 +69,8 @@ class RequestGroup:
     branches: list["Request"] = field(default_factory=list)
     held_back: list["Request"] = field(default_factory=list)  # branches waiting for the leader
     linger: Linger | None = None
+    deadline_s: float | None = None  # on the same clock as ``arrival_s``
+    num_waiting_tokens: int | None = None  # set while it waits to begin, by the waiting room
 
     @property
     def is_finished(self) -> bool:

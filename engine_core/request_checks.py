@@ -7,7 +7,9 @@ so that no single request can exhaust the core. Each refusal names the field and
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import isfinite
 
+from engine_core.fair_share import MAX_TENANT, MAX_WEIGHT, MIN_WEIGHT
 from ipc.errors import RequestError, UnsupportedError
 from ipc.messages import AddRequest
 from ipc.sampling_params import SamplingParams
@@ -47,6 +49,7 @@ def check_request(request: AddRequest, limits: RequestLimits) -> None:
     _check_params(request.params, limits)
     _check_token_lists(request, limits.vocab_size)
     _check_resumed(request, limits)
+    _check_place(request)
 
 
 def _check_features(request: AddRequest) -> None:
@@ -170,6 +173,23 @@ def _check_resumed(request: AddRequest, limits: RequestLimits) -> None:
                 "resumed",
             )
         _check_ids("resumed", branch.token_ids, limits.vocab_size)
+
+
+def _check_place(request: AddRequest) -> None:
+    """What decides when a request runs, and how long: numbers that can be reckoned with."""
+    if not 0 <= request.tenant <= MAX_TENANT:
+        raise RequestError(
+            f"tenant must be between 0 and {MAX_TENANT}, got {request.tenant}", "tenant"
+        )
+    if not MIN_WEIGHT <= request.tenant_weight <= MAX_WEIGHT:
+        raise RequestError(
+            f"tenant_weight must be between {MIN_WEIGHT} and {MAX_WEIGHT:.0f}, "
+            f"got {request.tenant_weight}",
+            "tenant_weight",
+        )
+    for name, value in (("deadline_s", request.deadline_s), ("timeout_s", request.timeout_s)):
+        if value is not None and not isfinite(value):
+            raise RequestError(f"{name} must be finite, got {value}", name)
 
 
 def _check_ids(name: str, token_ids: Iterable[int], vocab_size: int) -> None:

@@ -51,4 +51,6 @@ def scheduler_stats(
         num_leaked_blocks=gpu_pool.num_held + cpu_pool.num_held if is_idle else 0,
         step_num_tokens=counters.step_num_tokens,
         num_restarts=num_restarts,
+        num_waiting_tokens=lifecycle.room.num_tokens,
+        retry_after_s=lifecycle.room.retry_after_s,
     )

@@ -34,6 +34,7 @@ from ipc.processes import (
 )
 from ipc.status import Listening, Status, StatusReader
 
+DRAIN_GRACE_S = 5.0  # beyond the time that open requests have
 STOP_GRACE_S = 10.0  # for a core that was told to stop or cannot start; then it is killed
 FAILED_GRACE_S = 1.0  # for one that served and failed: others wait for the next one
 REAP_S = 10.0  # for killed processes to be gone, device memory included
@@ -67,6 +68,7 @@ class Supervisor:
         is_embedded: whether the tree belongs to a user's process; then it is quiet.
         parent: descriptors that become readable when whoever started us is gone.
         report: told everything that the core says about its start and its end.
+        drain_s: how long a core's open requests may go on after a signal to stop.
     """
 
     def __init__(
@@ -78,14 +80,19 @@ class Supervisor:
         parent: list[int],
         is_embedded: bool,
         report: Callable[[Status], None],
+        drain_s: float = 0.0,
     ) -> None:
         self._config = config
         self._recovers = decode_config(config).parallel_config.enable_recovery
         self._directory = make_ipc_directory() if listen is None else None
         self._listen = f"ipc://{self._directory}/core" if listen is None else listen
-        self._curve_keys = curve_keys
+        self._flags = ["--shutdown-timeout", str(drain_s)]  # of every core
+        if is_embedded:
+            self._flags.append("--embedded")
+        if curve_keys is not None:
+            self._flags += ["--curve-keys", str(curve_keys)]
         self._parent = parent
-        self._is_embedded = is_embedded
+        self._drain_s = drain_s
         self._report = report
         self._signals = SignalWatch(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         self._is_stopping = False
@@ -152,12 +159,8 @@ class Supervisor:
         status_read, status_write = os.pipe()
         arguments = ["--core", "--listen", self._listen, "--epoch", str(epoch)]
         arguments += ["--status-fd", str(status_write), "--death-fd", str(death_read)]
-        if self._is_embedded:
-            arguments.append("--embedded")
-        if self._curve_keys is not None:
-            arguments += ["--curve-keys", str(self._curve_keys)]
         process = subprocess.Popen(
-            python_command("engine_core", *arguments),
+            python_command("engine_core", *arguments, *self._flags),
             stdin=subprocess.PIPE,
             pass_fds=(status_write, death_read),
             env=child_environment(),
@@ -230,7 +233,8 @@ class Supervisor:
             if self._is_stopping:
                 return False
             self._is_stopping = True
-            self._kill_at_s = time.monotonic() + STOP_GRACE_S
+            grace_s = self._drain_s + DRAIN_GRACE_S if self._drain_s else STOP_GRACE_S
+            self._kill_at_s = time.monotonic() + grace_s
             core.process.terminate()
         return True
 

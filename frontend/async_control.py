@@ -73,6 +73,17 @@ async def check_health(self: Controlled) -> None:
         self._start.session.check_health()
 
 
+def check_admission(self: Controlled) -> None:
+    """Return when a request would be let in, as far as is known now.
+
+    Raises:
+        EngineOverloadedError: too much is in flight; ``retry_after_s`` says when to come back.
+        EngineDrainingError: the engine is stopping.
+    """
+    if self._start.session is not None:
+        self._start.session.check_admission()
+
+
 async def do_log_stats(self: Controlled) -> None:
     """Make every stat logger write its line now."""
     if self._start.session is not None:

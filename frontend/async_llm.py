@@ -254,12 +254,14 @@ class AsyncLLM:
         Args:
             inputs, prompt: the prompt, under its older and its newer name.
             options: ``priority``, ``cache_salt``, ``arrival_time``, ``prompt_text``,
-                ``tokenization_kwargs``, ``trace_headers``, ``data_parallel_rank``.
+                ``tokenization_kwargs``, ``trace_headers``, ``data_parallel_rank``; ``timeout``,
+                seconds after which it ends with finish_reason "timeout" and what it has.
 
         Raises:
             RequestError, UnsupportedError: the request cannot be served as asked.
             KeyError: ``request_id`` is in use.
-            EngineOverloadedError: too much is in flight; nothing was started.
+            EngineOverloadedError: too much is in flight; ``retry_after_s`` says when to retry.
+            DeadlineExceededError: its ``timeout`` passed before its first token.
             EngineGenerateError: this request failed inside the engine.
             EngineDeadError: the engine stopped.
         """
@@ -325,7 +327,7 @@ class AsyncLLM:
 
     # ------------------------------------------------------------ written in async_control.py
 
-    check_health = control.check_health
+    check_admission, check_health = control.check_admission, control.check_health
     do_log_stats = control.do_log_stats
     get_tokenizer = control.get_tokenizer
     get_model_config = control.get_model_config
@@ -334,10 +336,8 @@ class AsyncLLM:
     pause_generation = control.pause_generation
     resume_generation = control.resume_generation
     is_paused = control.is_paused
-    sleep = control.sleep
-    wake_up = control.wake_up
-    is_sleeping = control.is_sleeping
-    reset_prefix_cache = control.reset_prefix_cache
+    sleep, wake_up = control.sleep, control.wake_up
+    is_sleeping, reset_prefix_cache = control.is_sleeping, control.reset_prefix_cache
     start_profile = control.start_profile
     stop_profile = control.stop_profile
     get_stats = control.get_stats

@@ -33,13 +33,13 @@ from ipc.config import EngineConfig
 from ipc.errors import (
     EngineDeadError,
     EngineError,
-    EngineOverloadedError,
     EngineRestartingError,
 )
 from ipc.messages import (
     AbortBranches,
     AbortRequests,
     CoreToFrontend,
+    EngineDraining,
     EngineFailed,
     EngineOutputs,
     FrontendToCore,
@@ -210,14 +210,15 @@ class AsyncSession:
             EngineOverloadedError: too much is in flight; nothing was sent.
             EngineDeadError: there is no engine any more.
         """
-        self._check_can_open(new)
+        self.check_admission(new)
         prompt = parse_prompt(new.inputs)
         if prompt.token_ids is None:
             assert prompt.text is not None
             text, options = prompt.text, new.tokenization_kwargs
             prompt.token_ids = await self.inputs.tokenize_async(text, options)
-            self._check_can_open(new)  # the world went on meanwhile
+            self.check_admission(new, len(prompt.token_ids))  # the world went on meanwhile
         admitted = self.inputs.admit(new, prompt)
+        self.outputs.admission.note_sent(len(admitted.message.prompt_token_ids))
         self._client.send(admitted.message)
         state = self.outputs.open(admitted, self._client.welcome.epoch)
         record = self._streams[admitted.message.req_id] = StreamRecord(state)
@@ -279,8 +280,10 @@ class AsyncSession:
         return await self._client.call(operation)
 
     def check_health(self) -> None:
-        """Raise when the engine is dead, restarting, or silent for too long; never wait."""
+        """Raise when the engine is dead, restarting, stopping, or silent for too long; never
+        wait."""
         self._check_alive()
+        self.outputs.admission.check_draining()
         if (restarting := self.restarting) is not None:
             raise restarting
         self._liveness.check()
@@ -289,6 +292,14 @@ class AsyncSession:
     def restarting(self) -> EngineRestartingError | None:
         """Set while there is no core, and another one is awaited: streams are silent."""
         return self._client.restarting
+
+    def check_admission(self, new: NewRequest | None = None, num_tokens: int = 0) -> None:
+        """Raise what ``open`` would raise now, as far as is known without the prompt."""
+        self._check_alive()
+        if new is not None:
+            self.outputs.check_is_free(new.request_id)
+        limits = self._client.welcome.limits
+        self.outputs.admission.check(limits, len(self._streams), num_tokens)
 
     async def wait_until_drained(self) -> None:
         """Return when every request that is open now has ended."""
@@ -305,6 +316,8 @@ class AsyncSession:
             return
         if isinstance(message, Welcome):
             self._resume(message)
+        if isinstance(message, EngineDraining):
+            self.outputs.admission.note_draining(message.reason)
         if not isinstance(message, EngineOutputs):
             return
         self._recovery.note_outputs()
@@ -380,16 +393,6 @@ class AsyncSession:
                 self._client.send(message, frames)
         except EngineError as err:
             logger.warning("could not tell the engine: %s", err)
-
-    def _check_can_open(self, new: NewRequest) -> None:
-        self._check_alive()
-        self.outputs.check_is_free(new.request_id)
-        limits = self._client.welcome.limits
-        max_open = limits.max_num_seqs + limits.max_waiting_requests
-        if len(self._streams) >= max_open:
-            raise EngineOverloadedError(
-                f"{len(self._streams)} requests are in flight, at most {max_open}"
-            )
 
     def _check_alive(self) -> None:
         if self.dead is not None:

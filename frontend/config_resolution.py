@@ -280,10 +280,12 @@ def _resolve_scheduler(config: SchedulerConfig, model_config: ModelConfig) -> Sc
     ):
         if value > limit:
             raise ConfigError(f"{flag} must be at most {limit}, got {value}")
-    if config.max_waiting_requests is not None and config.max_waiting_requests < 0:
-        raise ConfigError(
-            f"--max-waiting-requests must not be negative, got {config.max_waiting_requests}"
-        )
+    for name, count in (
+        ("--max-waiting-requests", config.max_waiting_requests),
+        ("--max-waiting-tokens", config.max_waiting_tokens),
+    ):
+        if count is not None and count < 0:
+            raise ConfigError(f"{name} must not be negative, got {count}")
     return replace(config, max_model_len=model_config.resolved_max_model_len)
 
 

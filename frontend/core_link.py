@@ -11,6 +11,7 @@ from collections import deque
 
 import msgspec
 
+from frontend.deadlines import for_other_host
 from ipc import errors
 from ipc.channel import DealerChannel
 from ipc.curve import CurveClientKeys
@@ -18,6 +19,7 @@ from ipc.errors import EngineDeadError, EngineError, EngineOverloadedError, Prot
 from ipc.messages import (
     PROTOCOL_VERSION,
     Ack,
+    AddRequest,
     Call,
     CallResult,
     CoreToFrontend,
@@ -65,6 +67,7 @@ class CoreLink:
         self.welcome: Welcome | None = None
         self._channel = DealerChannel(core_to_frontend_decoder, curve_keys=curve_keys)
         self._channel.connect(address)
+        self._is_remote = address.startswith("tcp://")
         self._unsent: deque[tuple[FrontendToCore, Frames]] = deque()
         self._num_to_acknowledge = 0
         self._next_call_id = 0
@@ -91,6 +94,8 @@ class CoreLink:
         """
         if len(self._unsent) >= MAX_UNSENT:
             raise EngineOverloadedError(f"the engine has not taken {MAX_UNSENT} messages")
+        if self._is_remote and isinstance(message, AddRequest):
+            message = for_other_host(message)
         self._unsent.append((message, frames))
         self.flush()
 

@@ -223,6 +223,11 @@ class EngineArgs:
     max_waiting_requests: int | None = flag(
         None, help="requests that may wait; more are refused; unset: 4 times --max-num-seqs"
     )
+    max_waiting_tokens: int | None = flag(
+        None,
+        help="prompt tokens that may wait; more are refused; 0: no limit; unset: 1024 for each "
+        "request that may wait",
+    )
     worker_threads: int | None = flag(None, help="CPU device: threads per worker; unset: all cores")
     engine_iteration_timeout: float = flag(
         60.0, help="seconds without a step's result after which workers count as stuck; 0: never"
@@ -382,6 +387,7 @@ class EngineArgs:
             preemption_mode=self.preemption_mode,
             max_steps_in_flight=self.max_steps_in_flight,
             max_waiting_requests=self.max_waiting_requests,
+            max_waiting_tokens=self.max_waiting_tokens,
             max_prefill_slowdown=self.max_prefill_slowdown,
         )
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable
 from typing import Any, Protocol
 
+from frontend.core_room import CoreRoom
 from frontend.inputs import AdmittedRequest, InputProcessor, NewRequest
 from frontend.logits_processors import run_processors
 from frontend.output_processor import OutputProcessor, StepResult, copy_error
@@ -56,11 +57,7 @@ class CoreClient(Protocol):
 
 
 class EngineSession:
-    """Owns a core client and the open requests on it.
-
-    Invariant: ``_unstarted`` is part of ``_in_core``, and no larger than the core's queue may be,
-    yet large enough to fill a whole batch.
-    """
+    """Owns a core client and the open requests on it."""
 
     def __init__(
         self,
@@ -76,12 +73,10 @@ class EngineSession:
         self.inputs = InputProcessor(config.model_config, limits, tokenizer)
         self.outputs = OutputProcessor(tokenizer, log_stats=bool(stat_loggers.loggers))
         self._recovery = Recovery(client.welcome, self.outputs)
-        self._max_unstarted = max(limits.max_waiting_requests, limits.max_num_seqs)
+        self._room = CoreRoom(limits)  # of the requests that were sent
         self._uses_priority = config.scheduler_config.policy == "priority"
         self._arrivals = itertools.count()
         self._backlog: list[tuple[int, int, AddRequest]] = []  # a heap: priority, arrival
-        self._in_core: set[str] = set()  # req_ids that were sent
-        self._unstarted: set[str] = set()  # of those, the ones without any output yet
 
     @property
     def num_unfinished(self) -> int:
@@ -138,12 +133,11 @@ class EngineSession:
         self.inputs.set_limits(welcome.limits)
         messages, failed = self._recovery.resume(welcome)
         for message in messages:
-            if message.req_id in self._in_core:
+            if message.req_id in self._room:
                 self._client.send(message)
         if failed:
             self._backlog.clear()
-            self._in_core.clear()
-            self._unstarted.clear()
+            self._room.clear()
         return [output for state in failed if (output := state.take()) is not None]
 
     def abort(self, request_ids: Iterable[str]) -> None:
@@ -178,9 +172,10 @@ class EngineSession:
     def _answer(self, result: StepResult) -> None:
         """Tell the core what a step's results led to."""
         for state in result.moved:
-            self._unstarted.discard(state.req_id)
+            if state.req_id in self._room.unstarted:
+                self._room.note_started(state.req_id)
             if state.is_finished:
-                self._in_core.discard(state.req_id)
+                self._room.remove(state.req_id)
         if result.stopped_branches:
             self._client.send(AbortBranches(result.stopped_branches))
         if result.failed_req_ids:
@@ -189,19 +184,18 @@ class EngineSession:
             self._client.send(*run_processors(work))
 
     def _abort_in_core(self, req_ids: list[str]) -> None:
-        sent = [req_id for req_id in req_ids if req_id in self._in_core]
+        sent = [req_id for req_id in req_ids if req_id in self._room]
         if sent:
-            self._in_core.difference_update(sent)
-            self._unstarted.difference_update(sent)
+            for req_id in sent:
+                self._room.remove(req_id)
             self._client.send(AbortRequests(sent))
 
     def _feed(self) -> None:
         """Send what waits here while the core has room; requests aborted meanwhile fall out."""
-        while self._backlog and len(self._unstarted) < self._max_unstarted:
+        while self._backlog and self._room.has_room(len(self._backlog[0][2].prompt_token_ids)):
             message = heapq.heappop(self._backlog)[2]
             if message.req_id in self.outputs.journal:
-                self._in_core.add(message.req_id)
-                self._unstarted.add(message.req_id)
+                self._room.add(message.req_id, len(message.prompt_token_ids))
                 self._client.send(message)
 
     def _check_alive(self) -> None:
@@ -212,7 +206,6 @@ class EngineSession:
         """Note the end of the engine; every open request ended with it."""
         self._dead = error
         self._backlog.clear()
-        self._in_core.clear()
-        self._unstarted.clear()
+        self._room.clear()
         self.outputs.fail_all(error, time.time())
         return error

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from frontend.deadlines import check_timeout
 from frontend.logits_processors import LogitsProcessor, resolve_processors
 from frontend.lora_request import LoRARequest
 from frontend.pooling_params import PoolingParams
@@ -57,6 +58,10 @@ class NewRequest:
     # The HTTP API refuses a max_tokens that the context has no room for; else it is cut to fit.
     max_tokens_must_fit: bool = False
     linger: Linger | None = None  # the stream may be taken up again; see ``AsyncLLM.resume_stream``
+    timeout: float | None = None  # seconds from admission on; then it ends
+    deadline: float | None = None  # the same as a moment of time.monotonic()
+    tenant: int = 0  # whose share of the engine it takes; 0: nobody's
+    tenant_weight: float = 1.0
 
 
 @dataclass(slots=True)
@@ -183,6 +188,9 @@ class InputProcessor:
             bad_words_token_ids=self._bad_words(params.bad_words or ()),
             has_logits_processors=bool(processors),
             linger=new.linger,
+            deadline_s=_deadline(new),
+            tenant=new.tenant,
+            tenant_weight=new.tenant_weight,
         )
         text = new.prompt_text if prompt.text is None else prompt.text
         return AdmittedRequest(new.request_id, text, params, message, new.lora_request, processors)
@@ -406,6 +414,14 @@ def _check_caps(params: SamplingParams) -> None:
                 f"{len(getattr(params, name))}",
                 name,
             )
+
+
+def _deadline(new: NewRequest) -> float | None:
+    timeout_s = check_timeout(new.timeout)
+    if timeout_s is None:
+        return new.deadline
+    ends_s = time.monotonic() + timeout_s
+    return ends_s if new.deadline is None else min(ends_s, new.deadline)
 
 
 def _check_id(name: str, value: str | None) -> str | None:

@@ -157,8 +157,14 @@ class LLMEngine:
         trace_headers: Mapping[str, str] | None = None,
         priority: int = 0,
         prompt_text: str | None = None,
+        *,
+        timeout: float | None = None,
     ) -> None:
         """Admit a request; its outputs come out of ``step``.
+
+        Args:
+            timeout: seconds after which it ends: with finish_reason "timeout" and what it has, or
+                with an error before its first token.
 
         Raises:
             RequestError, UnsupportedError: it cannot be served as asked (both are ValueErrors).
@@ -176,6 +182,7 @@ class LLMEngine:
                 prompt_text=prompt_text,
                 tokenization_kwargs=tokenization_kwargs,
                 trace_headers=trace_headers,
+                timeout=timeout,
             )
         )
 

@@ -119,6 +119,8 @@ class Counters:
     prefix_cache_hits: int = 0
     corrupted_requests: int = 0
     engine_steps: int = 0
+    requests_rejected: int = 0
+    requests_expired: int = 0
     request_success: dict[str, int] = field(
         default_factory=lambda: {reason.name.lower(): 0 for reason in FinishReason}
     )
@@ -159,6 +161,8 @@ class EngineMetrics:
         counters.prompt_tokens += iteration.num_prompt_tokens
         counters.generation_tokens += iteration.num_generation_tokens
         counters.corrupted_requests += iteration.corrupted_requests
+        counters.requests_rejected += iteration.num_rejected
+        counters.requests_expired += iteration.num_expired
         self._prompt_rate.add(iteration.num_prompt_tokens)
         self._generation_rate.add(iteration.num_generation_tokens)
         observe_first = histograms["time_to_first_token_seconds"].observe
@@ -270,6 +274,14 @@ class EngineMetrics:
                 "Free KV blocks that remember a prefix",
                 stats.num_cached_blocks,
             )
+            values["num_waiting_tokens"] = (
+                "Prompt tokens of requests that wait to begin",
+                stats.num_waiting_tokens,
+            )
+            values["retry_after_seconds"] = (
+                "When a refused request is advised to come back",
+                stats.retry_after_s,
+            )
             values["num_leaked_blocks"] = (
                 "KV blocks that an idle core cannot account for; always 0",
                 stats.num_leaked_blocks,
@@ -335,7 +347,11 @@ _COUNTERS = {
     "prefix_cache_hits": "Prompt tokens found in the prefix cache",
     "corrupted_requests": "Requests whose logits were not finite",
 }
-_OUR_COUNTERS = {"engine_steps": "Steps that the engine core completed"}
+_OUR_COUNTERS = {
+    "engine_steps": "Steps that the engine core completed",
+    "requests_rejected": "Requests that were refused because too much was in flight",
+    "requests_expired": "Requests whose deadline came before their first token",
+}
 _HISTOGRAMS = {
     "time_to_first_token_seconds": "Arrival to first token",
     "inter_token_latency_seconds": "Time between two tokens of a request",

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from frontend.admission import FrontendAdmission
 from frontend.detokenizer import Detokenizer
 from frontend.inputs import AdmittedRequest
 from frontend.journal import Journal, JournalBranch
@@ -54,6 +55,7 @@ class OutputProcessor:
         self._processors: dict[str, list[LogitsProcessor]] = {}  # by req_id, where there are some
         self._finished: list[FinishedRequestStats] = []  # not yet in an IterationStats
         self.journal = Journal()
+        self.admission = FrontendAdmission()
 
     @property
     def num_open(self) -> int:
@@ -117,6 +119,7 @@ class OutputProcessor:
             now_s: time.time().
         """
         result = StepResult(iteration=IterationStats() if self._log_stats else None)
+        self.admission.note_stats(message.stats)
         moved: dict[str, RequestState] = {}
         states, epoch, iteration = self._states, message.epoch, result.iteration
         for output in message.outputs:
@@ -139,6 +142,7 @@ class OutputProcessor:
         result.moved = list(moved.values())
         if result.iteration is not None:
             result.iteration.finished, self._finished = self._finished, []
+            self.admission.report(result.iteration)
         return result
 
     def abort(self, request_ids: Iterable[str], now_s: float) -> list[RequestState]:
@@ -196,7 +200,8 @@ class OutputProcessor:
     ) -> bool:
         """One branch's gain; False when it says nothing new."""
         if output.finish_reason is FinishReason.ERROR:
-            self._fail(state, failure_of(output), now_s, result)
+            failure = self.admission.note_failure(failure_of(output))
+            self._fail(state, failure, now_s, result)
             return True
         branch = state.branches[output.index]
         last_token_s = branch.last_token_time_s

@@ -31,6 +31,7 @@ class Recovery:
             with another model than they began with.
         """
         before, self._welcome = self._welcome, welcome
+        self._outputs.admission.note_welcome()
         if (difference := find_difference(before, welcome)) is not None:
             logger.error("open requests fail: %s", difference)
             error = EngineGenerateError(difference)

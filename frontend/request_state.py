@@ -32,6 +32,7 @@ _FINISH_REASONS = {
     FinishReason.LENGTH: "length",
     FinishReason.ABORT: "abort",
     FinishReason.ERROR: "error",
+    FinishReason.TIMEOUT: "timeout",
 }
 
 
@@ -85,7 +86,7 @@ class BranchState:
                 rest = self.matcher.append(rest)
                 if self.matcher.matched is None:
                     rest += self.matcher.finish()
-                elif reason is not FinishReason.ABORT:
+                elif reason not in (FinishReason.ABORT, FinishReason.TIMEOUT):
                     reason, stop_reason = FinishReason.STOP, self.matcher.matched
             self.new_pieces.append(rest)
         self.finish_reason = reason

@@ -66,6 +66,8 @@ class IterationStats:
     inter_token_latency_s: list[float] = field(default_factory=list)  # one per later token
     finished: list[FinishedRequestStats] = field(default_factory=list)
     corrupted_requests: int = 0  # requests that met a logits row that is not finite
+    num_rejected: int = 0  # requests that were too much and never began
+    num_expired: int = 0  # requests whose deadline came before their first token
 
     def add_later_tokens(self, num_tokens: int, since_s: float) -> None:
         """Count tokens that came together, ``since_s`` after the ones before them."""

@@ -148,6 +148,7 @@ class SchedulerConfig:
     preemption_mode: str | None = None  # None: recompute, swap for several branches; or by name
     max_steps_in_flight: int | None = None  # None: 2, or 3 while steps are very short
     max_waiting_requests: int | None = None  # None: 4 * max_num_seqs beyond the running ones
+    max_waiting_tokens: int | None = None  # None: 1024 for each request that may wait; 0: no limit
     max_prefill_slowdown: float = 0.0  # of a step with streams, by prompts; 0: no limit
 
     def __post_init__(self) -> None:

@@ -5,6 +5,8 @@ EngineError
 ├── RequestError            the caller's fault; says what to change          HTTP 400
 │   └── UnsupportedError    a real feature that this version does not have   HTTP 400
 ├── EngineOverloadedError   too much in flight; nothing was started          HTTP 429
+│   └── EngineDrainingError the engine is stopping; nothing was started      HTTP 503
+├── DeadlineExceededError   the deadline came before the first token         HTTP 504
 ├── EngineGenerateError     one request failed inside the engine             HTTP 500
 ├── EngineStartError        a process could not start; carries the cause     exit code 3
 │   └── DeviceStartError    the device does not work                         exit code 6
@@ -64,6 +66,17 @@ class EngineOverloadedError(EngineError):
     def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class EngineDrainingError(EngineOverloadedError):
+    """The engine is stopping: it finishes what is open and starts nothing new."""
+
+    def __init__(self, message: str, retry_after_s: float = 5.0) -> None:
+        super().__init__(message, retry_after_s)
+
+
+class DeadlineExceededError(EngineError, TimeoutError):
+    """The request's deadline came before its first token; it was given up."""
 
 
 class EngineGenerateError(EngineError):

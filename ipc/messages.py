@@ -30,6 +30,7 @@ class FinishReason(IntEnum):
     LENGTH = 1  # max_tokens or max_model_len
     ABORT = 2  # the client's wish, or its disappearance
     ERROR = 3  # the request failed alone; EngineOutput.error says why
+    TIMEOUT = 4  # its deadline came when it had begun to answer
 
 
 class Limits(Part, frozen=True):
@@ -43,6 +44,7 @@ class Limits(Part, frozen=True):
     vocab_size: int
     max_waiting_requests: int  # more than these: refused with EngineOverloadedError
     credits: int  # EngineOutputs that may be unacknowledged before the core coalesces
+    max_waiting_tokens: int = 0  # prompt tokens that may wait; more are refused too; 0: no limit
 
 
 class Hello(Message, frozen=True):
@@ -117,6 +119,10 @@ class AddRequest(Message, frozen=True):
     resumed: list[ResumedBranch] = []
     num_attempts: int = 1  # times it was sent; above 1 it was admitted before: never refuse a queue
     linger: Linger | None = None
+    deadline_s: float | None = None  # time.monotonic() of this host, when it is the core's too
+    timeout_s: float | None = None  # from now on; in place of ``deadline_s`` for another host
+    tenant: int = 0  # whose share of the queue it takes; 0: nobody's
+    tenant_weight: float = 1.0  # that share, relative to other tenants'
 
 
 class AbortRequests(Message, frozen=True):
@@ -243,6 +249,8 @@ class SchedulerStats(Part, frozen=True):
     num_leaked_blocks: int = 0  # from the self-check of an idle core: always 0
     step_num_tokens: int = 0  # tokens of the latest step
     num_restarts: int = 0  # counter, from the start of the engine: cores that were lost
+    num_waiting_tokens: int = 0  # prompt tokens of requests that have not begun
+    retry_after_s: float = 0.0  # until what waits now will have begun, at the recent rate
 
 
 class EngineOutputs(Message, frozen=True):
@@ -253,6 +261,13 @@ class EngineOutputs(Message, frozen=True):
     outputs: list[EngineOutput]
     logits_rows: list[LogitsRow] = []
     stats: SchedulerStats | None = None
+
+
+class EngineDraining(Message, frozen=True):
+    """The core will end soon: it finishes what is open and refuses what is new."""
+
+    epoch: int
+    reason: str
 
 
 class EngineFailed(Message, frozen=True):
@@ -412,7 +427,9 @@ FrontendToCore = (
     Hello | AddRequest | AbortRequests | AbortBranches | ProcessedLogits | Ack | Heartbeat | Goodbye
     | Call
 )  # fmt: skip
-CoreToFrontend = Welcome | Refused | EngineOutputs | CallResult | Heartbeat | EngineFailed
+CoreToFrontend = (
+    Welcome | Refused | EngineOutputs | CallResult | Heartbeat | EngineFailed | EngineDraining
+)  # fmt: skip
 CoreToWorker = SchedulerOutput | GrammarMask | Call | Shutdown
 WorkerToCore = LoadProgress | WorkerReady | ModelRunnerOutput | CallResult | WorkerError
 

@@ -23,7 +23,8 @@ from ipc.processes import SignalWatch, child_environment, describe_exit, python_
 
 QUICK_DEATH_S = 10.0  # a process that lives shorter than this has not worked
 MAX_QUICK_DEATHS = 3  # in a row; then something is wrong that no new process mends
-STOP_GRACE_S = 20.0  # beyond the shutdown timeout: they end by themselves well before
+SECOND_STOP_S = 2.0  # after a second signal
+STOP_GRACE_S = 5.0  # beyond the shutdown timeout: they end by themselves well before
 
 # Ends that a new process would come to as well.
 _LASTING = frozenset({code for code in ExitCode if code is not ExitCode.CLEAN})
@@ -125,8 +126,10 @@ class ApiProcessGroup:
 
     def _stop(self) -> None:
         """Pass a signal on: the first lets open requests finish, the second does not."""
-        if self._kill_at_s is None:
-            self._kill_at_s = time.monotonic() + self._shutdown_timeout + STOP_GRACE_S
+        limit_s = (
+            self._shutdown_timeout + STOP_GRACE_S if self._kill_at_s is None else SECOND_STOP_S
+        )
+        self._kill_at_s = time.monotonic() + limit_s
         for each in self._running:
             each.process.terminate()
 

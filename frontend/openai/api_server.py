@@ -38,6 +38,7 @@ from frontend.openai.protocol import (
     TokenizeRequest,
     openapi_schema,
 )
+from frontend.openai.quick_refusal import QuickRefusal
 from frontend.openai.state import ServerState
 from frontend.openai.streams import end_stream, resume_stream
 from frontend.openai.tokens import detokenize, tokenize
@@ -78,6 +79,7 @@ def build_app(
         app.add_exception_handler(kind, on_error)
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(Exception, on_error)
+    app.add_middleware(QuickRefusal, state=state)
     if state.options.api_keys:
         app.add_middleware(
             Authentication, api_keys=state.options.api_keys, root_path=state.options.root_path
@@ -119,6 +121,7 @@ def _body_of(kind: type[msgspec.Struct]) -> dict[str, Any]:
             ("415", "The body is not declared as JSON"),
             ("429", "Too much is in flight; retry later"),
             ("503", "The server is stopping, or its engine is dead"),
+            ("504", "The time limit came before the first token"),
         )
     }
     return {"requestBody": {"required": True, "content": content}, "responses": errors}

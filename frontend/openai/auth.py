@@ -35,7 +35,9 @@ class Authentication:
             return
         digest = self._matching_digest(scope)
         if digest is not None and self._has_tenants:
-            scope.setdefault("state", {})["tenant"] = digest.hex()[:32]
+            notes = scope.setdefault("state", {})
+            notes["tenant"] = digest.hex()[:32]
+            notes["tenant_index"] = 1 + self._digests.index(digest)  # 0 is nobody
         if digest is not None or self._is_open(scope):
             await self._app(scope, receive, send)
         elif scope["type"] == "websocket":

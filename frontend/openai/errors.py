@@ -4,6 +4,7 @@ Each body carries the nested form of today's SDKs and, beside it, the flat keys 
 """
 
 import logging
+from math import ceil
 from typing import Any
 
 import msgspec
@@ -12,7 +13,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ipc.errors import (
+    DeadlineExceededError,
     EngineDeadError,
+    EngineDrainingError,
     EngineGenerateError,
     EngineOverloadedError,
     EngineRestartingError,
@@ -38,7 +41,7 @@ class BodyTimeoutError(RequestError):
     """The body did not arrive in time."""
 
 
-class DrainingError(EngineOverloadedError):
+class DrainingError(EngineDrainingError):
     """The server is shutting down and admits nothing new."""
 
 
@@ -53,7 +56,8 @@ STATUSES: tuple[tuple[type[Exception], int, str], ...] = (
     (MediaTypeError, 415, "UnsupportedMediaTypeError"),
     (BodyTimeoutError, 408, "RequestTimeoutError"),
     (RequestError, 400, "BadRequestError"),
-    (DrainingError, 503, "ServiceUnavailableError"),
+    (EngineDrainingError, 503, "ServiceUnavailableError"),
+    (DeadlineExceededError, 504, "DeadlineExceededError"),
     (EngineOverloadedError, 429, "RateLimitError"),
     (EngineRestartingError, 503, "ServiceUnavailableError"),
     (EngineDeadError, 503, "ServiceUnavailableError"),
@@ -77,7 +81,7 @@ def error_response(error: Exception) -> Response:
     status, body = error_body(error)
     response = json_response(body, status)
     if isinstance(error, EngineOverloadedError):
-        seconds = min(60, max(1, round(error.retry_after_s)))
+        seconds = min(60, max(1, ceil(error.retry_after_s)))
         response.headers["Retry-After"] = str(seconds)
     elif status == 503:
         response.headers["Retry-After"] = "5"

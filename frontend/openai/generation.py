@@ -16,6 +16,7 @@ from frontend.openai.errors import (
     TooLargeError,
 )
 from frontend.openai.protocol import Body, Prompt, Tuning, check_plain, decode_body
+from frontend.openai.request_limits import NO_LIMITS, RequestLimits, read_limits
 from frontend.openai.sse import TextShortcut, first_error
 from frontend.openai.state import ServerState
 from frontend.outputs import RequestOutput
@@ -42,6 +43,7 @@ class Job:
     field_names: Mapping[str, str]  # the engine's name of a field -> the body's
     linger: Linger | None = None
     resumed: OutputStream | None = None  # the engine has it already
+    limits: RequestLimits = NO_LIMITS
 
 
 async def read_body(request: Request, kind: type[Body], state: ServerState) -> Body:
@@ -105,6 +107,7 @@ def make_jobs(
         request.state.request_id = body.request_id  # echoed in a header, used for nothing else
     tenant = getattr(request.state, "tenant", None)
     salts = [salt for salt in (tenant, body.cache_salt) if salt is not None]
+    limits = read_limits(request)
     group = secrets.token_hex(16)
     add_special_tokens = getattr(body, "add_special_tokens", True)
     return [
@@ -116,6 +119,7 @@ def make_jobs(
             cache_salt=":".join(salts) or None,
             add_special_tokens=True if add_special_tokens is None else add_special_tokens,
             field_names=field_names,
+            limits=limits,
         )
         for i, prompt in enumerate(prompts)
     ]
@@ -138,6 +142,7 @@ async def consume(
         "priority": job.priority,
         "cache_salt": job.cache_salt,
         "max_tokens_must_fit": True,
+        **job.limits.options(),
     }
     if job.linger is not None:
         options["linger"] = job.linger
@@ -145,13 +150,25 @@ async def consume(
     if isinstance(job.prompt, str):
         inputs = {"prompt": job.prompt}
         options["tokenization_kwargs"] = {"add_special_tokens": job.add_special_tokens}
+    try:
+        async with job.limits.in_time():
+            await _consume(state, job, inputs, options, take, shortcut)
+    except RequestError as err:
+        err.param = job.field_names.get(err.param or "", err.param)
+        raise
+
+
+async def _consume(
+    state: ServerState,
+    job: Job,
+    inputs: dict[str, Any],
+    options: dict[str, Any],
+    take: Callable[[RequestOutput], Awaitable[None]],
+    shortcut: TextShortcut | None,
+) -> None:
     stream = job.resumed
     if stream is None:
-        try:
-            stream = await state.engine.add_request(job.req_id, inputs, job.params, **options)
-        except RequestError as err:
-            err.param = job.field_names.get(err.param or "", err.param)
-            raise
+        stream = await state.engine.add_request(job.req_id, inputs, job.params, **options)
     state.open_req_ids.add(job.req_id)
     if shortcut is not None:
         stream.offer_news_to(shortcut)

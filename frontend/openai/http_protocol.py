@@ -1,22 +1,32 @@
 """One HTTP connection: uvicorn's httptools protocol, with limits on what a client may hold open.
 
-A client that sends its head too slowly, sends too large a head, or stops reading its answer is cut
-off. The application sees a cut as an ordinary disconnect, so the engine's work ends with it.
+A client that sends its head too slowly, sends too large a head, or hardly reads its answer is cut
+off. The application sees a cut as an ordinary disconnect, so the engine's work ends with it. What a
+client has not read yet waits in the kernel, and here up to uvicorn's high-water mark of 64 KiB.
 
 A stream of tokens may write parts of its body straight to the connection, through the ASGI
 extension ``DIRECT_BODY`` of its scope.
 """
 
 import asyncio
+from typing import Any
 
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from frontend.openai.connections import DEFAULT_MAX_CONNECTIONS, ConnectionTable
 
 DIRECT_BODY = "heliograph.direct_body"
 
 MAX_HEAD_BYTES = 32 << 10
 HEAD_TIMEOUT_S = 30.0
 STALLED_WRITE_TIMEOUT_S = 30.0
+MIN_READ_BYTES = 32 << 10  # in that time; a client that reads less has stopped
+
+_FULL = (
+    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 5\r\n"
+    b"content-length: 0\r\nconnection: close\r\n\r\n"
+)
 
 
 class DirectBody:
@@ -57,16 +67,31 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     head_bytes = 0  # of an unfinished head, without the read in which it began
     head_timer: asyncio.TimerHandle | None = None
     stall_timer: asyncio.TimerHandle | None = None
+    num_unread = 0  # bytes for the client when the stall timer was started
+
+    def __init__(self, *args: Any, table: ConnectionTable | None = None, **kwargs: Any) -> None:
+        """As uvicorn makes it; ``table``: of all connections of this process."""
+        super().__init__(*args, **kwargs)
+        self.table = ConnectionTable(DEFAULT_MAX_CONNECTIONS) if table is None else table
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock of the first head."""
         super().connection_made(transport)
+        if not self.table.open(self):
+            transport.write(_FULL)
+            transport.close()
+            return
         self.head_timer = self.loop.call_later(HEAD_TIMEOUT_S, transport.abort)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the clocks."""
         self._stop_timers()
+        self.table.close(self)
         super().connection_lost(exc)
+
+    def cut(self) -> None:
+        """Close at once."""
+        self.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Parse, and count what a head that is still not complete has brought."""
@@ -89,6 +114,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """A head ended: the request begins, unless the head is too large."""
         self.is_in_head = False
+        self.table.note_request(self)
         if self.head_timer is not None:
             self.head_timer.cancel()
             self.head_timer = None
@@ -113,7 +139,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """The client does not take what was written: give it a while."""
         self.flow.pause_writing()
         if self.stall_timer is None:
-            self.stall_timer = self.loop.call_later(STALLED_WRITE_TIMEOUT_S, self.transport.abort)
+            self._start_stall_timer()
 
     def resume_writing(self) -> None:
         """The client reads again."""
@@ -121,6 +147,26 @@ class BoundedHttpProtocol(HttpToolsProtocol):
             self.stall_timer.cancel()
             self.stall_timer = None
         self.flow.resume_writing()
+
+    def on_response_complete(self) -> None:
+        """An answer is written: what its client has not read must go out in time, too."""
+        super().on_response_complete()
+        self.table.note_answered(self)
+        if self.stall_timer is None and self.transport.get_write_buffer_size():
+            self._start_stall_timer()
+
+    def _start_stall_timer(self) -> None:
+        self.num_unread = self.transport.get_write_buffer_size()
+        self.stall_timer = self.loop.call_later(STALLED_WRITE_TIMEOUT_S, self._check_reader)
+
+    def _check_reader(self) -> None:
+        """Cut off a client that has hardly read anything since the timer was started."""
+        self.stall_timer = None
+        num_unread = self.transport.get_write_buffer_size()
+        if num_unread > max(0, self.num_unread - MIN_READ_BYTES):
+            self.transport.abort()
+        elif num_unread:
+            self._start_stall_timer()
 
     def _stop_timers(self) -> None:
         for timer in (self.head_timer, self.stall_timer):

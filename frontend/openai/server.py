@@ -22,6 +22,7 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 
 from frontend.openai.api_server import CorsOptions, build_app
+from frontend.openai.connections import DEFAULT_MAX_CONNECTIONS, ConnectionTable, raise_file_limit
 from frontend.openai.http_protocol import BoundedHttpProtocol
 from frontend.openai.state import ServerOptions, ServerState, make_state
 from frontend.openai.user_middleware import UserMiddleware
@@ -32,11 +33,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BACKLOG = 2048
+BACKLOG = 4096
+SEND_BUFFER_BYTES = 256 << 10  # of the kernel, per connection: more only hides slow readers
 GC_THRESHOLDS = (50_000, 50, 100)  # in case the server is never idle
 TICKS_PER_GC = 10  # idle for a second at most before garbage is collected
 TICKS_PER_STATS_LINE = 100  # ten seconds: what the last requests did is said soon, not at the next
-GRACE_AFTER_DRAIN_S = 5.0
+GRACE_AFTER_DRAIN_S = 1.0  # for aborted requests to tell their clients
+GRACE_AFTER_CLOSE_S = 2  # for connections to take what was written
+GRACE_WHEN_FORCED_S = 0.4
+HARD_EXIT_S = 5.0  # after the limit, whatever hangs
+SECOND_SIGNAL_S = 2.0
 GRACE_AFTER_DEATH_S = 1.0  # open requests still get their error
 
 
@@ -55,6 +61,7 @@ class ListenOptions:
     uvicorn_log_level: str = "info"
     access_log: bool = True
     shutdown_timeout: float = 30.0
+    max_connections: int = DEFAULT_MAX_CONNECTIONS
     cors: CorsOptions = field(default_factory=CorsOptions)
     middleware: tuple[UserMiddleware, ...] = ()
 
@@ -68,8 +75,11 @@ def bind(options: ListenOptions) -> socket.socket:
     where = options.uds or f"{options.host or '*'}:{options.port}"
     try:
         if options.uds is not None:
-            return _bind_unix(options.uds)
-        return _bind_tcp(options.host, options.port, shares_port=options.shares_port)
+            listener = _bind_unix(options.uds)
+        else:
+            listener = _bind_tcp(options.host, options.port, shares_port=options.shares_port)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
+        return listener
     except (OSError, OverflowError) as err:
         raise EngineStartError(f"cannot listen on {where}: {err}") from err
 
@@ -114,7 +124,7 @@ class HttpServer(uvicorn.Server):
     """uvicorn's server, with an orderly end.
 
     The first signal drains: nothing new is admitted, open requests finish. When the time is up,
-    what is left is aborted, and its streams end with that reason. A second signal ends at once.
+    what is left is aborted, and its streams end with that reason. A second signal does so at once.
     """
 
     def __init__(self, config: uvicorn.Config, state: ServerState, shutdown_timeout: float) -> None:
@@ -125,17 +135,19 @@ class HttpServer(uvicorn.Server):
         self._drain_until: float | None = None
         self._dead_since: float | None = None
         self._has_aborted = False
+        self._is_forced = False  # by a second signal
         self._num_collected = 0  # requests whose garbage was collected
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Called by the interpreter at SIGINT and SIGTERM."""
         if self._state.is_draining:
-            self.should_exit = self.force_exit = True
+            self._is_forced = True
+            self._drain_until = time.monotonic()
+            _end_within(SECOND_SIGNAL_S)
             return
         self._state.is_draining = True
         self._drain_until = time.monotonic() + self._shutdown_timeout
-        # Whatever hangs: the kernel ends this process a little after the limit.
-        signal.alarm(int(self._shutdown_timeout + 2 * GRACE_AFTER_DRAIN_S) + 1)
+        _end_within(self._shutdown_timeout + HARD_EXIT_S)
         logger.info("stopping: %d requests are open", self._state.num_open)
 
     async def on_tick(self, counter: int) -> bool:
@@ -159,8 +171,10 @@ class HttpServer(uvicorn.Server):
 
     async def _drain(self, until: float) -> None:
         now = time.monotonic()
-        if self._state.num_open == 0 or now > until + GRACE_AFTER_DRAIN_S:
+        grace_s = GRACE_WHEN_FORCED_S if self._is_forced else GRACE_AFTER_DRAIN_S
+        if self._state.num_open == 0 or now > until + grace_s:
             self.should_exit = True
+            self.force_exit = self._is_forced and self._state.num_open > 0
         elif now > until and not self._has_aborted:
             self._has_aborted = True
             logger.warning("aborting %d requests: the time is up", len(self._state.open_req_ids))
@@ -198,7 +212,12 @@ async def serve(
         is_clean = not server.force_exit
         return server.exit_code
     finally:
-        engine.shutdown(timeout=GRACE_AFTER_DRAIN_S if is_clean else 1.0)
+        engine.shutdown(timeout=HARD_EXIT_S if is_clean else 1.0)
+
+
+def _end_within(seconds: float) -> None:
+    """Whatever hangs: the kernel ends this process then, and all others end with it."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)
 
 
 def settle_garbage_collection() -> None:
@@ -258,7 +277,9 @@ def uvicorn_config(app: Any, listen: ListenOptions) -> uvicorn.Config:
     """uvicorn's configuration."""
     return uvicorn.Config(
         app,
-        http=BoundedHttpProtocol,
+        http=partial(  # type: ignore[arg-type]  # uvicorn calls it, as it would the class
+            BoundedHttpProtocol, table=ConnectionTable(raise_file_limit(listen.max_connections))
+        ),
         ws="none",
         loop="auto",
         log_config=None,  # its lines go where this process's lines go
@@ -270,7 +291,7 @@ def uvicorn_config(app: Any, listen: ListenOptions) -> uvicorn.Config:
         ssl_cert_reqs=listen.ssl_cert_reqs,
         backlog=BACKLOG,
         timeout_keep_alive=30,
-        timeout_graceful_shutdown=int(GRACE_AFTER_DRAIN_S),
+        timeout_graceful_shutdown=GRACE_AFTER_CLOSE_S,
         server_header=False,
     )
 

@@ -5,23 +5,26 @@ Everything that can be refused without an engine is refused here, before one is 
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from frontend.chat_template import load_template
 from frontend.engine_args import AsyncEngineArgs
 from frontend.openai.api_server import CorsOptions
+from frontend.openai.connections import DEFAULT_MAX_CONNECTIONS
 from frontend.openai.server import ListenOptions
 from frontend.openai.state import ServerOptions
 from frontend.openai.user_middleware import load_middleware
 from ipc.errors import ConfigError
 
+MIN_KEY_WEIGHT, MAX_KEY_WEIGHT = 0.001, 1000.0
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical", "trace")
 
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the HTTP server."""
     _add_process_flags(parser)
+    _add_limit_flags(parser)
     _add_answer_flags(parser)
     _add_cors_flags(parser)
     _add_ssl_flags(parser)
@@ -60,13 +63,6 @@ def _add_process_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--disable-access-log", action="store_true", help="write no line per HTTP request")
     add(
-        "--shutdown-timeout",
-        type=_seconds,
-        default=30.0,
-        metavar="SECONDS",
-        help="how long open requests may go on after a signal to stop; default %(default)s",
-    )
-    add(
         "--attach",
         metavar="ADDRESS",
         help="use the engine that runs at this ipc:// or tcp:// address (python -m engine_core) "
@@ -83,6 +79,40 @@ def _add_process_flags(parser: argparse.ArgumentParser) -> None:
     # What an API process among several is told by the one that started it.
     add("--death-fd", type=int, help=argparse.SUPPRESS)
     add("--shared-metrics", type=Path, metavar="DIR", help=argparse.SUPPRESS)
+
+
+def _add_limit_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("limits").add_argument
+    add(
+        "--api-key-weights",
+        nargs="+",
+        type=float,
+        metavar="WEIGHT",
+        help="share of the engine that the requests of each --api-key get while others wait, in "
+        "the order of the keys; unset: all the same",
+    )
+    add(
+        "--max-request-timeout",
+        type=_seconds,
+        metavar="SECONDS",
+        help="how long a request may take; clients ask for less with the header "
+        "X-Request-Timeout; unset: no limit",
+    )
+    add(
+        "--max-connections",
+        type=int,
+        default=DEFAULT_MAX_CONNECTIONS,
+        metavar="N",
+        help="connections held open by each API process; beyond, those that wait for a request "
+        "are closed, oldest first; default %(default)s",
+    )
+    add(
+        "--shutdown-timeout",
+        type=_seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long open requests may go on after a signal to stop; default %(default)s",
+    )
 
 
 def _add_answer_flags(parser: argparse.ArgumentParser) -> None:
@@ -158,6 +188,12 @@ def server_options(args: argparse.Namespace, environment: Mapping[str, str]) -> 
     if root_path and not root_path.startswith("/"):
         raise ConfigError(f"--root-path must begin with a slash, got {root_path!r}")
     keys = [*(args.api_key or ()), environment.get("VLLM_API_KEY", "")]
+    api_keys = tuple(dict.fromkeys(key for key in keys if key))
+    weights = tuple(args.api_key_weights or ())
+    if weights:
+        check_weights(weights, len(api_keys))
+    if args.max_request_timeout == 0:
+        raise ConfigError("--max-request-timeout must be above 0; leave it away for no limit")
     template = args.chat_template
     return ServerOptions(
         response_role=args.response_role,
@@ -165,9 +201,30 @@ def server_options(args: argparse.Namespace, environment: Mapping[str, str]) -> 
         trust_request_chat_template=args.trust_request_chat_template,
         generation_config=args.generation_config,
         strict_fields=args.strict_fields,
-        api_keys=tuple(dict.fromkeys(key for key in keys if key)),
+        api_keys=api_keys,
+        api_key_weights=weights,
+        max_request_timeout=args.max_request_timeout,
         root_path=root_path.rstrip("/"),
     )
+
+
+def check_weights(weights: Sequence[float], num_keys: int) -> None:
+    """Refuse weights that do not belong to the keys.
+
+    Raises:
+        ConfigError: too many or too few, or out of range.
+    """
+    if len(weights) != num_keys:
+        raise ConfigError(
+            f"--api-key-weights needs one weight for each key: {num_keys} keys (VLLM_API_KEY is "
+            f"one, the last), got {len(weights)} weights"
+        )
+    for weight in weights:
+        if not MIN_KEY_WEIGHT <= weight <= MAX_KEY_WEIGHT:
+            raise ConfigError(
+                f"--api-key-weights must be between {MIN_KEY_WEIGHT} and {MAX_KEY_WEIGHT:.0f}, "
+                f"got {weight}"
+            )
 
 
 def listen_options(args: argparse.Namespace) -> ListenOptions:
@@ -178,6 +235,8 @@ def listen_options(args: argparse.Namespace) -> ListenOptions:
     """
     if not 0 <= args.port <= 65535:
         raise ConfigError(f"--port must be between 0 and 65535, got {args.port}")
+    if args.max_connections < 1:
+        raise ConfigError(f"--max-connections must be at least 1, got {args.max_connections}")
     if args.api_server_count < 1:
         raise ConfigError(f"--api-server-count must be at least 1, got {args.api_server_count}")
     if args.api_server_count > 1 and args.uds is not None:
@@ -199,6 +258,7 @@ def listen_options(args: argparse.Namespace) -> ListenOptions:
         uvicorn_log_level=args.uvicorn_log_level,
         access_log=not args.disable_access_log,
         shutdown_timeout=args.shutdown_timeout,
+        max_connections=args.max_connections,
         cors=cors,
         middleware=tuple(load_middleware(path) for path in args.middleware),
     )

@@ -38,6 +38,8 @@ class ServerOptions:
     generation_config: str = "auto"  # "auto": the checkpoint's; "vllm": the API's own defaults
     strict_fields: bool = False
     api_keys: tuple[str, ...] = ()
+    api_key_weights: tuple[float, ...] = ()  # one for each key; empty: all the same
+    max_request_timeout: float | None = None  # seconds that any request may take
     root_path: str = ""
 
 
@@ -80,16 +82,18 @@ class ServerState:
             raise NotFoundError(f"the model {name[:200]!r} does not exist", param="model")
 
     def check_admission(self) -> None:
-        """Refuse new work while the server stops, or once its engine is dead.
+        """Refuse new work before its body is read: the server stops, or cannot do more.
 
         Raises:
-            DrainingError: the server is stopping.
+            EngineDrainingError: the server is stopping, or its engine is.
+            EngineOverloadedError: too much is in flight.
             EngineDeadError: the engine was given up.
         """
         if self.is_draining:
             raise DrainingError("the server is shutting down", retry_after_s=5.0)
         if self.engine.errored:
             raise self.engine.dead_error
+        self.engine.check_admission()
 
     def need_tokenizer(self) -> "Tokenizer":
         """The tokenizer.

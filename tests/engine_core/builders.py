@@ -45,6 +45,8 @@ class Setup:
     enable_chunked_prefill: bool = True
     sliding_window: int | None = None
     max_steps_in_flight: int | None = 2
+    max_waiting_requests: int | None = 1000
+    max_waiting_tokens: int | None = None
     max_prefill_slowdown: float = 0.0
     policy: str = "fcfs"
     preemption_mode: str | None = None
@@ -71,6 +73,8 @@ class Setup:
                 policy=self.policy,
                 preemption_mode=self.preemption_mode,
                 max_steps_in_flight=self.max_steps_in_flight,
+                max_waiting_requests=self.max_waiting_requests,
+                max_waiting_tokens=self.max_waiting_tokens,
                 max_prefill_slowdown=self.max_prefill_slowdown,
             ),
         )

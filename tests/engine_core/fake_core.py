@@ -4,6 +4,7 @@ Each request gets one token a step, as many as it asked for; token i of a reques
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ipc.config import EngineConfig, ModelConfig
@@ -73,6 +74,14 @@ class FakeExecutor:
         self.num_submitted += 1
 
 
+@dataclass
+class FakeGate:
+    """Open until the core drains; requests have no deadlines."""
+
+    is_draining: bool = False
+    next_deadline_s: float | None = None
+
+
 class FakeCore:
     """Owns the open requests of every client: (client, request) with tokens given so far."""
 
@@ -80,13 +89,25 @@ class FakeCore:
         self.executor = executor
         self.open: dict[tuple[bytes, str], list[int]] = {}  # given, wanted
         self.removed_clients: list[bytes] = []
+        self.aborted: list[tuple[bytes, str]] = []
         self.processed_logits: list[bytes] = []
+        self.gate = FakeGate()
         self._step_id = 0
 
     @property
     def has_unfinished(self) -> bool:
         """Whether a request is open."""
         return bool(self.open)
+
+    @property
+    def num_open(self) -> int:
+        """Requests that have not ended."""
+        return len(self.open)
+
+    def abort_all(self) -> None:
+        """End every open request."""
+        self.aborted += list(self.open)
+        self.open.clear()
 
     def add_request(self, client: bytes, request: AddRequest) -> None:
         """Open a request."""
@@ -150,5 +171,15 @@ class FakeCore:
         ]
 
     def drain_outputs(self) -> Results:
-        """Nothing is made outside of steps."""
-        return []
+        """What was aborted is told."""
+        aborted, self.aborted = self.aborted, []
+        return [
+            (
+                client,
+                EngineOutputs(
+                    0, self._step_id, [EngineOutput(req_id, 0, 0, [], FinishReason.ABORT)]
+                ),
+                [],
+            )
+            for client, req_id in aborted
+        ]

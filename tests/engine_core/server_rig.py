@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine_core.core_server import CoreServer, make_welcome
+from engine_core.drain import Drain
 from ipc.channel import DealerChannel, RouterChannel
 from ipc.messages import (
     PROTOCOL_VERSION,
@@ -67,7 +68,10 @@ class ServerRig:
 
 @contextmanager
 def running_server(
-    credits: int = 64, channel: RouterChannel[Any] | None = None, address: str = "ipc://*"
+    credits: int = 64,
+    channel: RouterChannel[Any] | None = None,
+    address: str = "ipc://*",
+    drain_s: float = 0.0,
 ) -> Iterator[ServerRig]:
     """Serve until the block ends; its failure is the test's."""
     channel = RouterChannel(frontend_to_core_decoder) if channel is None else channel
@@ -77,7 +81,7 @@ def running_server(
     welcome = make_welcome(make_config(), make_limits(credits), "digest", epoch=3)
     fake_executor: Any = executor
     fake_signals: Any = signals
-    server = CoreServer(core, fake_executor, channel, welcome, fake_signals)
+    server = CoreServer(core, fake_executor, channel, welcome, fake_signals, Drain(core, drain_s))
     rig = ServerRig(channel.bind(address), core, signals, channel)
 
     def serve() -> None:

@@ -11,6 +11,7 @@ from ipc.messages import (
     Ack,
     AddRequest,
     Call,
+    EngineDraining,
     EngineFailed,
     EngineOutputs,
     FinishReason,
@@ -250,3 +251,63 @@ def test_a_stopped_engine_says_so_to_everybody() -> None:
             assert isinstance(last_words, EngineFailed)
             assert (last_words.epoch, last_words.exit_code) == (3, 0)
             assert last_words.reason == "the engine was stopped by SIGTERM"
+
+
+def test_a_drain_lets_requests_finish_and_tells_everybody() -> None:
+    with (
+        running_server(drain_s=30.0) as rig,
+        BareFrontend(rig.address) as frontend,
+        BareFrontend(rig.address) as idle,
+    ):
+        frontend.greet()
+        idle.greet()
+        frontend.say(make_request("a", 5000))
+        wait_until(lambda: rig.core.open)
+        rig.signals.send(15)
+
+        assert isinstance(idle.hear(), EngineDraining)
+        assert rig.core.gate.is_draining
+        given: list[int] = []
+        while not isinstance(message := frontend.hear(), EngineFailed):
+            if isinstance(message, EngineOutputs):
+                frontend.say(Ack(1))
+                given += message.outputs[0].new_token_ids
+        assert given == list(range(5000))
+        assert message.exit_code == 0
+        assert isinstance(idle.hear(), EngineFailed)
+
+
+@pytest.mark.parametrize("drain_s", [30.0, 0.05], ids=["second signal", "time is up"])
+def test_what_is_open_at_the_end_of_a_drain_is_aborted(drain_s: float) -> None:
+    with running_server(drain_s=drain_s) as rig, BareFrontend(rig.address) as frontend:
+        frontend.greet()
+        frontend.say(make_request("a", 10**9))
+        wait_until(lambda: rig.core.open)
+        rig.signals.send(15)
+        if drain_s > 1.0:
+            wait_until(lambda: rig.core.gate.is_draining)
+            rig.signals.send(15)
+
+        reasons = []
+        while not isinstance(message := frontend.hear(), EngineFailed):
+            if isinstance(message, EngineOutputs):
+                frontend.say(Ack(1))
+                reasons.append(message.outputs[0].finish_reason)
+        assert reasons[-1] is FinishReason.ABORT
+        assert message.exit_code == 0
+
+
+def test_a_frontend_that_comes_during_a_drain_is_told() -> None:
+    with (
+        running_server(drain_s=30.0) as rig,
+        BareFrontend(rig.address) as frontend,
+        BareFrontend(rig.address) as late,
+    ):
+        frontend.greet()
+        frontend.say(make_request("a", 10**9))
+        wait_until(lambda: rig.core.open)
+        rig.signals.send(15)
+        wait_until(lambda: rig.core.gate.is_draining)
+        late.greet()
+
+        assert isinstance(late.hear(), EngineDraining)

@@ -220,6 +220,7 @@ def test_the_token_budget_follows_chunking(options: dict[str, Any], budget: int)
         ({"cpu_kv_cache_space": 0}, "--cpu-kv-cache-space"),
         ({"cpu_kv_cache_space": 1e6}, "--cpu-kv-cache-space"),
         ({"max_waiting_requests": -1}, "--max-waiting-requests"),
+        ({"max_waiting_tokens": -1}, "--max-waiting-tokens"),
         ({"worker_threads": 0}, "--worker-threads"),
         ({"engine_iteration_timeout": -1}, "--engine-iteration-timeout"),
         ({"executor_class": "no colon"}, "--executor-class"),

@@ -195,7 +195,7 @@ def test_ends_are_counted_by_reason() -> None:
     stat_logger.record(None, IterationStats(finished=finished))
     _, samples = scrape(stat_logger)["vllm:request_success"]
     counts = {key[2]: value for key, value in samples.items()}
-    assert counts == {"stop": 2, "length": 0, "abort": 1, "error": 0}
+    assert counts == {"stop": 2, "length": 0, "abort": 1, "error": 0, "timeout": 0}
 
 
 def test_counters_survive_a_restart_of_the_core() -> None:

@@ -22,7 +22,7 @@ from ipc.sampling_params import SamplingParams
 
 
 def make_limits() -> m.Limits:
-    return m.Limits(1, 2, 3, 4, 5, 6, 7, 8)
+    return m.Limits(1, 2, 3, 4, 5, 6, 7, 8, 9)
 
 
 def make_token_logprobs() -> m.TokenLogprobs:
@@ -79,7 +79,7 @@ def make_messages() -> dict[str, list[Message]]:
             m.Hello(1, "h", "n", 2),
             m.AddRequest(
                 "r", [1, 2], params, 3.5, [4], 5, lora, "s", [[6]], True, [resumed],
-                3, m.Linger("t", 7.5, b"p"),
+                3, m.Linger("t", 7.5, b"p"), 7.5, 8.5, 9, 2.5,
             ),
             m.AbortRequests(["r"]),
             m.AbortBranches([("r", 1)]),
@@ -94,11 +94,12 @@ def make_messages() -> dict[str, list[Message]]:
             m.Refused("why"),
             m.EngineOutputs(
                 1, 2, [make_engine_output()], [m.LogitsRow("r", 1, 2, tensor)],
-                m.SchedulerStats(*range(1, 18)),
+                m.SchedulerStats(*range(1, 19), 18.5),
             ),
             result,
             m.Heartbeat(1.5),
             m.EngineFailed(1, "why", 4, 9),
+            m.EngineDraining(1, "why"),
         ],
         "CoreToWorker": [
             make_scheduler_output(),

@@ -63,6 +63,7 @@ class FakeEngine:
     generation_config: dict[str, Any] = field(default_factory=dict)
     served_model_name: list[str] = field(default_factory=lambda: ["fake", "alias"])
     errored: bool = False
+    overload: Exception | None = None  # what new requests are refused with
     calls: list[Call] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     num_open: int = 0
@@ -86,6 +87,10 @@ class FakeEngine:
     @property
     def dead_error(self) -> EngineDeadError:
         return EngineDeadError("the engine died")
+
+    def check_admission(self) -> None:
+        if self.overload is not None:
+            raise self.overload
 
     async def check_health(self) -> None:
         if self.errored:

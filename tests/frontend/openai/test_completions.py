@@ -222,7 +222,7 @@ def test_a_failure_before_the_first_output_becomes_a_status(
     assert body["error"]["code"] == body["code"] == status
     assert body["object"] == "error"
     if status == 429:
-        assert response.headers["retry-after"] == "7"
+        assert response.headers["retry-after"] == "8"
 
 
 def test_a_failure_inside_a_stream_becomes_an_event_and_the_stream_ends_in_order() -> None:

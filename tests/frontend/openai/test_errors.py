@@ -49,7 +49,7 @@ def test_statuses(error: Exception, status: int) -> None:
     assert error_response(error).status_code == status
 
 
-@pytest.mark.parametrize(("seconds", "header"), [(0.0, "1"), (7.4, "7"), (900.0, "60")])
+@pytest.mark.parametrize(("seconds", "header"), [(0.0, "1"), (7.4, "8"), (900.0, "60")])
 def test_retry_after_is_whole_seconds_between_one_and_sixty(seconds: float, header: str) -> None:
     response = error_response(EngineOverloadedError("full", seconds))
     assert response.headers["retry-after"] == header

@@ -11,10 +11,12 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
+from frontend.openai.connections import ConnectionTable
 from frontend.openai.http_protocol import (
     DIRECT_BODY,
     HEAD_TIMEOUT_S,
     MAX_HEAD_BYTES,
+    MIN_READ_BYTES,
     STALLED_WRITE_TIMEOUT_S,
     BoundedHttpProtocol,
     DirectBody,
@@ -30,6 +32,7 @@ class FakeTransport(asyncio.Transport):
         super().__init__()
         self.written = b""
         self.ended_by: str | None = None
+        self.num_unread = 0
 
     def write(self, data: Any) -> None:
         self.written += bytes(data)
@@ -42,6 +45,9 @@ class FakeTransport(asyncio.Transport):
 
     def abort(self) -> None:
         self.ended_by = self.ended_by or "abort"
+
+    def get_write_buffer_size(self) -> int:
+        return self.num_unread
 
     def pause_reading(self) -> None:
         """Nothing is read here."""
@@ -88,13 +94,21 @@ class FakeLoop:
                 timer.call()
 
 
-def make_connection() -> tuple[BoundedHttpProtocol, FakeTransport, FakeLoop]:
+def make_connection(
+    table: ConnectionTable | None = None,
+) -> tuple[BoundedHttpProtocol, FakeTransport, FakeLoop]:
     async def app(scope: Any, receive: Any, send: Any) -> None:
         raise AssertionError("tasks do not run here")
 
     loop, transport = FakeLoop(), FakeTransport()
     config = uvicorn.Config(app, log_config=None, ws="none", lifespan="off")
-    protocol = BoundedHttpProtocol(config, ServerState(), {}, loop)  # type: ignore[arg-type]
+    protocol = BoundedHttpProtocol(
+        config,
+        ServerState(),
+        {},
+        loop,  # type: ignore[arg-type]
+        table=table,
+    )
     protocol.connection_made(transport)
     return protocol, transport, loop
 
@@ -151,6 +165,7 @@ def test_a_reader_that_stalls_is_cut_off_and_one_that_resumes_is_not() -> None:
     for resumes in (True, False):
         protocol, transport, loop = make_connection()
         protocol.data_received(REQUEST)
+        transport.num_unread = 100_000
         protocol.pause_writing()
         loop.advance(STALLED_WRITE_TIMEOUT_S - 1)
         if resumes:
@@ -206,3 +221,47 @@ def test_no_clock_outlives_the_connection() -> None:
     protocol.pause_writing()
     protocol.connection_lost(None)
     assert all(timer.is_cancelled for timer in loop.timers)
+
+
+def test_what_is_left_of_an_answer_must_be_read_in_time() -> None:
+    protocol, transport, loop = make_connection()
+    protocol.data_received(REQUEST)
+    transport.num_unread = 60_000
+    protocol.cycle.response_complete = True
+    protocol.on_response_complete()
+    transport.num_unread = 20_000  # it reads, if slowly
+    loop.advance(STALLED_WRITE_TIMEOUT_S)
+    assert transport.ended_by != "abort"
+    transport.num_unread = 19_000
+    transport.ended_by = None  # whatever keep-alive did
+    loop.advance(STALLED_WRITE_TIMEOUT_S)
+    assert transport.ended_by == "abort"
+
+
+def test_a_reader_of_a_large_answer_may_take_its_time_but_not_stop() -> None:
+    protocol, transport, loop = make_connection()
+    protocol.data_received(REQUEST)
+    transport.num_unread = 10 << 20
+    protocol.pause_writing()
+    for _ in range(5):
+        transport.num_unread -= MIN_READ_BYTES + 1
+        loop.advance(STALLED_WRITE_TIMEOUT_S)
+        assert transport.ended_by is None
+    transport.num_unread -= 30  # a byte a second
+    loop.advance(STALLED_WRITE_TIMEOUT_S)
+    assert transport.ended_by == "abort"
+
+
+def test_silent_connections_make_room_for_new_ones() -> None:
+    table = ConnectionTable(2)
+    silent, _, _ = first = make_connection(table)
+    busy, _, _ = second = make_connection(table)
+    busy.data_received(REQUEST)
+    third = make_connection(table)
+    assert [each[1].ended_by for each in (first, second, third)] == ["abort", None, None]
+    third[0].data_received(REQUEST)
+    fourth = make_connection(table)
+    assert fourth[1].ended_by == "close"
+    assert fourth[1].written.startswith(b"HTTP/1.1 503")
+    silent.connection_lost(None)
+    assert len(table) == 2

@@ -45,6 +45,8 @@ def test_flags_reach_their_options(tmp_path: Path) -> None:
         "--api-key", "two", "--chat-template", str(template), "--response-role", "bot",
         "--root-path", "/llm/", "--strict-fields", "--shutdown-timeout", "2.5",
         "--middleware", "starlette.middleware.gzip.GZipMiddleware", "--max-log-len", "10",
+        "--api-key-weights", "1", "2.5", "3", "--max-request-timeout", "60",
+        "--max-connections", "99",
     )  # fmt: skip
     listen, options = listen_options(args), server_options(args, {"VLLM_API_KEY": "three"})
     assert (listen.host, listen.port, listen.shutdown_timeout) == ("::1", 0, 2.5)
@@ -54,6 +56,8 @@ def test_flags_reach_their_options(tmp_path: Path) -> None:
     assert listen.cors.allowed_headers == ("X",)
     assert [own.path for own in listen.middleware] == ["starlette.middleware.gzip.GZipMiddleware"]
     assert options.api_keys == ("one", "two", "three")
+    assert options.api_key_weights == (1.0, 2.5, 3.0)
+    assert (options.max_request_timeout, listen.max_connections) == (60.0, 99)
     assert (options.chat_template, options.response_role) == ("{{ messages }}", "bot")
     assert (options.root_path, options.strict_fields) == ("/llm", True)
     assert args.max_log_len == 10
@@ -68,6 +72,15 @@ def test_flags_reach_their_options(tmp_path: Path) -> None:
         pytest.param(["--middleware", "os.getcwd"], "--middleware", id="middleware"),
         pytest.param(["--root-path", "llm"], "--root-path", id="root path"),
         pytest.param(["--api-server-count", "0"], "--api-server-count", id="no API process"),
+        pytest.param(["--max-connections", "0"], "--max-connections", id="no connection"),
+        pytest.param(["--max-request-timeout", "0"], "--max-request-timeout", id="no time"),
+        pytest.param(["--api-key-weights", "1"], "--api-key-weights", id="weight without a key"),
+        pytest.param(
+            ["--api-key", "k", "--api-key-weights", "0"], "--api-key-weights", id="no weight"
+        ),
+        pytest.param(
+            ["--api-key", "k", "--api-key-weights", "nan"], "--api-key-weights", id="NaN weight"
+        ),
         pytest.param(
             ["--api-server-count", "2", "--uds", "/tmp/s"], "--uds", id="API processes on a path"
         ),
