@@ -325,6 +325,7 @@ class AsyncLLM:
 
     # ------------------------------------------------------------ written in async_control.py
 
+    restarting = property(control.restarting)
     check_health = control.check_health
     do_log_stats = control.do_log_stats
     get_tokenizer = control.get_tokenizer

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from frontend.async_llm import AsyncLLM
+    from frontend.openai.sse import EventWriter
     from frontend.tokenizer import Tokenizer
 
 MAX_TEMPLATE_PROCESSES = 4
@@ -59,6 +60,7 @@ class ServerState:
     is_draining: bool = False
     num_open: int = 0  # HTTP requests being answered
     open_req_ids: set[str] = field(default_factory=set)  # what the engine works on for them
+    open_streams: "set[EventWriter]" = field(default_factory=set)
     template_slots: asyncio.Semaphore = field(
         default_factory=lambda: asyncio.Semaphore(MAX_TEMPLATE_PROCESSES)
     )

@@ -63,6 +63,7 @@ class FakeEngine:
     generation_config: dict[str, Any] = field(default_factory=dict)
     served_model_name: list[str] = field(default_factory=lambda: ["fake", "alias"])
     errored: bool = False
+    restarting: Any = None
     calls: list[Call] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     num_open: int = 0
