@@ -13,7 +13,7 @@ from frontend.engine_setup import profile_directory
 from frontend.lora_request import LoRARequest
 from frontend.tokenizer import Tokenizer
 from ipc.config import DecodingConfig, EngineConfig, ModelConfig
-from ipc.errors import EngineDeadError, UnsupportedError
+from ipc.errors import EngineDeadError, EngineRestartingError, UnsupportedError
 from ipc.messages import ReclaimedRequest, SchedulerStats
 from ipc.operations import (
     AnyOperation,
@@ -61,10 +61,16 @@ class Controlled(Protocol):
         """Return when every open request has ended."""
 
 
+def restarting(self: Controlled) -> EngineRestartingError | None:
+    """Set while the engine core was lost and another one starts: streams are silent."""
+    return None if self._start.session is None else self._start.session.restarting
+
+
 async def check_health(self: Controlled) -> None:
     """Return when the engine lives, as far as is known now; this never waits for it.
 
     Raises:
+        EngineRestartingError: its core was lost, and another one is starting.
         EngineDeadError: the engine stopped, or has been silent for a minute.
     """
     if self.is_stopped:

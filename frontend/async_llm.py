@@ -328,6 +328,7 @@ class AsyncLLM:
     # ------------------------------------------------------------ written in async_control.py
 
     check_admission, check_health = control.check_admission, control.check_health
+    restarting = property(control.restarting)
     do_log_stats = control.do_log_stats
     get_tokenizer = control.get_tokenizer
     get_model_config = control.get_model_config
@@ -338,8 +339,7 @@ class AsyncLLM:
     is_paused = control.is_paused
     sleep, wake_up = control.sleep, control.wake_up
     is_sleeping, reset_prefix_cache = control.is_sleeping, control.reset_prefix_cache
-    start_profile = control.start_profile
-    stop_profile = control.stop_profile
+    start_profile, stop_profile = control.start_profile, control.stop_profile
     get_stats = control.get_stats
     reclaim_stream, resume_stream = control.reclaim_stream, control.resume_stream
     list_loras = control.list_loras

@@ -297,6 +297,13 @@ class EngineMetrics:
             family = CounterMetricFamily(prefix + name, words, labels=("model_name",))
             family.add_metric((self._model_name,), numbers.counters[name])
             yield family
+        if prefix == OUR_PREFIX:
+            words = "Engine cores that were lost and replaced"
+            family = CounterMetricFamily(
+                prefix + "num_engine_restarts", words, labels=("model_name",)
+            )
+            family.add_metric((self._model_name,), numbers.stats.num_restarts)
+            yield family
         family = CounterMetricFamily(
             prefix + "request_success",
             "Requests that ended, by reason",

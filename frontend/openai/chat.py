@@ -59,9 +59,9 @@ async def create_chat_completion(state: ServerState, request: Request) -> Respon
     state.check_model(body.model)
     answer = await make_answer(state, request, body)
     if streams_deltas(body):
-        return EventStream(answer.stream)
+        return EventStream(answer.stream, open_streams=state.open_streams)
     if body.stream:
-        return EventStream(answer.stream_whole)
+        return EventStream(answer.stream_whole, open_streams=state.open_streams)
     return json_response(await unless_disconnected(request.receive, answer.whole()))
 
 

@@ -58,9 +58,9 @@ async def create_completion(state: ServerState, request: Request) -> Response:
     state.check_model(body.model)
     answer = make_answer(state, request, body)
     if streams_deltas(body):
-        return EventStream(answer.stream)
+        return EventStream(answer.stream, open_streams=state.open_streams)
     if body.stream:
-        return EventStream(answer.stream_whole)
+        return EventStream(answer.stream_whole, open_streams=state.open_streams)
     return json_response(await unless_disconnected(request.receive, answer.whole()))
 
 

@@ -24,6 +24,7 @@ from prometheus_client import CollectorRegistry
 from frontend.openai.api_server import CorsOptions, build_app
 from frontend.openai.connections import DEFAULT_MAX_CONNECTIONS, ConnectionTable, raise_file_limit
 from frontend.openai.http_protocol import BoundedHttpProtocol
+from frontend.openai.keep_alive import KeepAlive
 from frontend.openai.state import ServerOptions, ServerState, make_state
 from frontend.openai.user_middleware import UserMiddleware
 from ipc.errors import ConfigError, EngineStartError
@@ -131,6 +132,7 @@ class HttpServer(uvicorn.Server):
         super().__init__(config)
         self.exit_code = 0
         self._state = state
+        self._keep_alive = KeepAlive(state)
         self._shutdown_timeout = shutdown_timeout
         self._drain_until: float | None = None
         self._dead_since: float | None = None
@@ -152,6 +154,7 @@ class HttpServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: whether to stop."""
+        self._keep_alive.tick(time.monotonic())
         if counter % TICKS_PER_STATS_LINE == TICKS_PER_STATS_LINE - 1:
             await self._state.engine.do_log_stats()
         if counter % TICKS_PER_GC == TICKS_PER_GC - 1:

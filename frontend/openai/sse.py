@@ -9,6 +9,7 @@ client and for the engine. While a client keeps up, chunks of plain text take th
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
@@ -23,6 +24,7 @@ from frontend.request_state import RequestState
 
 logger = logging.getLogger(__name__)
 
+KEEP_ALIVE = b": keep-alive\n\n"
 DONE = b"data: [DONE]\n\n"
 T = TypeVar("T")
 
@@ -124,6 +126,7 @@ class EventWriter:
         self._head = head
         self.has_begun = False
         self._direct: Body | None = scope["state"].get("direct_body")
+        self._keeping: asyncio.Task[None] | None = None  # sends a comment
 
     async def __call__(self, data: bytes) -> None:
         """Write events; returns when the client is ready for more."""
@@ -131,6 +134,17 @@ class EventWriter:
             self.has_begun = True
             await self._send(self._head)
         await self._send_body({"type": "http.response.body", "body": data, "more_body": True})
+
+    def keep_alive(self) -> None:
+        """Write a comment, unless nothing was written yet or the client does not keep up."""
+        if not self.has_begun:
+            return  # an error can still become a status
+        if self._direct is not None:
+            if self._direct.takes_now:
+                self._direct.write(KEEP_ALIVE)
+        elif self._keeping is None or self._keeping.done():
+            message = {"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True}
+            self._keeping = asyncio.ensure_future(_send_quietly(self._send_body, message))
 
     def shortcut(self, formats: Sequence[ChunkFormat]) -> "TextShortcut | None":
         """The short way for one job's text, where the connection has one."""
@@ -185,11 +199,14 @@ class EventStream(Response):
         produce: Callable[[EventWriter], Awaitable[None]],
         headers: Mapping[str, str] | None = None,
         background: BackgroundTask | None = None,
+        open_streams: "set[EventWriter] | None" = None,
     ) -> None:
+        """Serve what ``produce`` writes; while it does, its writer is in ``open_streams``."""
         self.status_code = 200
         self.background = background
         self.body = b""
         self._produce = produce
+        self._open_streams: set[EventWriter] = set() if open_streams is None else open_streams
         self.init_headers({"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         self.headers.update(headers or {})
         del self.headers["content-length"]
@@ -200,12 +217,15 @@ class EventStream(Response):
         write = EventWriter(scope, send, head)
 
         async def run() -> None:
+            self._open_streams.add(write)
             try:
                 await self._produce(write)
             except Exception as error:  # whatever it is, the reader of the stream is told
                 if not write.has_begun:
                     raise
                 await write(_error_event(error))
+            finally:
+                self._open_streams.discard(write)
             await write.end()
 
         try:
@@ -246,6 +266,11 @@ async def _wait_for_disconnect(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     raise ClientGoneError("the client closed the connection")
+
+
+async def _send_quietly(send: Send, message: Message) -> None:
+    with contextlib.suppress(OSError):  # the client is gone, which its own stream will see
+        await send(message)
 
 
 def _error_event(error: Exception) -> bytes:

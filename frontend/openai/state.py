@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from frontend.async_llm import AsyncLLM
+    from frontend.openai.sse import EventWriter
     from frontend.tokenizer import Tokenizer
 
 MAX_TEMPLATE_PROCESSES = 4
@@ -63,6 +64,7 @@ class ServerState:
     num_open: int = 0  # HTTP requests being answered
     open_req_ids: set[str] = field(default_factory=set)  # what the engine works on for them
     lingerers: Lingerers = field(default_factory=Lingerers)  # streams that lost their readers
+    open_streams: "set[EventWriter]" = field(default_factory=set)
     template_slots: asyncio.Semaphore = field(
         default_factory=lambda: asyncio.Semaphore(MAX_TEMPLATE_PROCESSES)
     )

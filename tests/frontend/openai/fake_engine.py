@@ -64,6 +64,7 @@ class FakeEngine:
     served_model_name: list[str] = field(default_factory=lambda: ["fake", "alias"])
     errored: bool = False
     overload: Exception | None = None  # what new requests are refused with
+    restarting: Any = None
     calls: list[Call] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     num_open: int = 0
