@@ -14,14 +14,14 @@ from frontend.openai.errors import (
     MediaTypeError,
     TooLargeError,
 )
-from frontend.openai.protocol import Body, Prompt, Tuning, check_plain, decode_body
+from frontend.openai.protocol import Body, Prompt, Tuning, check_names, decode_body
 from frontend.openai.sse import TextShortcut, first_error
 from frontend.openai.state import ServerState
 from frontend.outputs import RequestOutput
+from ipc.caps import MAX_BODY_BYTES
 from ipc.errors import EngineGenerateError, RequestError
 from ipc.sampling_params import SamplingParams
 
-MAX_BODY_BYTES = 32 << 20
 BODY_TIMEOUT_S = 30.0
 
 T = TypeVar("T")
@@ -72,7 +72,7 @@ async def _read_bounded(request: Request) -> bytes:
     received = 0
     while True:
         if max(size, received) > MAX_BODY_BYTES:
-            raise TooLargeError(f"the body is above {MAX_BODY_BYTES} bytes")
+            raise TooLargeError(f"body: above the cap of {MAX_BODY_BYTES} bytes", param="body")
         message = await request.receive()
         if message["type"] == "http.disconnect":
             raise ClientGoneError("the client left while sending its body")
@@ -94,9 +94,7 @@ def make_jobs(
     With several API keys, only requests of one key use one another's prefixes, so that response
     times tell nobody what others asked.
     """
-    check_plain("request_id", body.request_id)
-    check_plain("cache_salt", body.cache_salt)
-    check_plain("user", body.user)
+    check_names(body)
     if body.request_id is not None:
         request.state.request_id = body.request_id  # echoed in a header, used for nothing else
     tenant = getattr(request.state, "tenant", None)

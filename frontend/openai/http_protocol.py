@@ -12,9 +12,10 @@ import asyncio
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from ipc.caps import MAX_HEAD_BYTES
+
 DIRECT_BODY = "heliograph.direct_body"
 
-MAX_HEAD_BYTES = 32 << 10
 HEAD_TIMEOUT_S = 30.0
 STALLED_WRITE_TIMEOUT_S = 30.0
 

@@ -193,6 +193,7 @@ def test_a_salt_and_a_priority_travel() -> None:
         pytest.param("a", {"logit_bias": dict.fromkeys(range(1025), 1.0)}, "logit_bias", id="bias"),
         pytest.param("a", {"allowed_token_ids": [VOCAB_SIZE]}, "allowed_token_ids", id="allowed"),
         pytest.param("a", {"bad_words": ["x"] * 1025}, "bad_words", id="bad words"),
+        pytest.param("a", {"bad_words": ["x" * 257]}, "bad_words", id="a long bad word"),
         pytest.param("a", {"truncate_prompt_tokens": 1001}, "truncate_prompt_tokens", id="keep"),
         pytest.param("a", {"min_tokens": 1000, "max_tokens": None}, "min_tokens", id="min_tokens"),
         pytest.param("a", {"logits_processors": [1]}, "logits_processors", id="not callable"),

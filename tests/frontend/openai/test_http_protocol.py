@@ -14,11 +14,11 @@ from uvicorn.server import ServerState
 from frontend.openai.http_protocol import (
     DIRECT_BODY,
     HEAD_TIMEOUT_S,
-    MAX_HEAD_BYTES,
     STALLED_WRITE_TIMEOUT_S,
     BoundedHttpProtocol,
     DirectBody,
 )
+from ipc.caps import MAX_HEAD_BYTES
 
 REQUEST = b"POST /x HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc"
 
