@@ -1,6 +1,7 @@
 """From a checked body to the engine's streams, and back to usage: what both APIs share."""
 
 import asyncio
+import hmac
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -91,14 +92,14 @@ def make_jobs(
 ) -> list[Job]:
     """One job per prompt, with ids that nobody can guess.
 
-    With several API keys, only requests of one key use one another's prefixes, so that response
-    times tell nobody what others asked.
+    Only requests of one API key use one another's prefixes, unless the server is told to share
+    them: response times tell nobody what others asked, not even through another server of the
+    same engine.
     """
     check_names(body)
     if body.request_id is not None:
         request.state.request_id = body.request_id  # echoed in a header, used for nothing else
-    tenant = getattr(request.state, "tenant", None)
-    salts = [salt for salt in (tenant, body.cache_salt) if salt is not None]
+    cache_salt = join_salts(getattr(request.state, "key_salt", None), body.cache_salt)
     group = secrets.token_hex(16)
     add_special_tokens = getattr(body, "add_special_tokens", True)
     return [
@@ -107,12 +108,19 @@ def make_jobs(
             prompt=prompt,
             params=params,
             priority=body.priority or 0,
-            cache_salt=":".join(salts) or None,
+            cache_salt=cache_salt,
             add_special_tokens=True if add_special_tokens is None else add_special_tokens,
             field_names=field_names,
         )
         for i, prompt in enumerate(prompts)
     ]
+
+
+def join_salts(key_salt: str | None, own_salt: str | None) -> str | None:
+    """One salt for both: of a fixed length, and no salt of a client's makes another key's."""
+    if key_salt is None or own_salt is None:
+        return key_salt or own_salt
+    return hmac.digest(key_salt.encode(), own_salt.encode(), "sha256").hex()
 
 
 async def consume(

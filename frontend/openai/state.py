@@ -36,7 +36,8 @@ class ServerOptions:
     trust_request_chat_template: bool = False
     generation_config: str = "auto"  # "auto": the checkpoint's; "vllm": the API's own defaults
     strict_fields: bool = False
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
+    share_cached_prefixes: bool = False
     root_path: str = ""
 
 

@@ -128,10 +128,38 @@ def test_tenants_with_different_keys_never_share_cached_prefixes() -> None:
     salts = [call.options["cache_salt"] for call in engine.calls]
     assert salts[0] == salts[2] != salts[1]
     assert all(key not in salt for key in KEYS for salt in salts)
-    single, _, app = make_server(api_keys=KEYS[:1])
-    headers = {"authorization": "Bearer first-key"}
-    ask(app, "POST", "/v1/completions", json={"prompt": "Hi"}, headers=headers)
-    assert single.calls[0].options["cache_salt"] is None
+
+
+def salts_of(
+    app_keys: tuple[str, ...], key: str, *own_salts: str | None, **options: Any
+) -> list[Any]:
+    """The salts that requests of one key get, for each salt of their own."""
+    engine, _, app = make_server(api_keys=app_keys, **options)
+    for own in own_salts:
+        headers = {"authorization": f"Bearer {key}"}
+        body = {"prompt": "Hi"} | ({} if own is None else {"cache_salt": own})
+        assert ask(app, "POST", "/v1/completions", json=body, headers=headers).status_code == 200
+    return [call.options["cache_salt"] for call in engine.calls]
+
+
+def test_a_key_has_the_same_salt_on_every_server_and_other_keys_another() -> None:
+    # Several servers may be attached to one engine, each with one key.
+    alone = salts_of(("a",), "a", None)
+    assert alone == salts_of(("a", "b"), "a", None)
+    assert alone != salts_of(("b",), "b", None)
+    assert alone[0]
+
+
+def test_no_salt_of_a_client_reaches_the_prefixes_of_another_key() -> None:
+    (victim,) = salts_of(KEYS, KEYS[0], None)
+    guesses = (victim, "", f":{victim}", f"{victim}:", "x" * 256)
+    made = salts_of(KEYS, KEYS[1], *(guess or None for guess in guesses))
+    assert len({victim, *made}) == 1 + len(guesses)
+    assert all(1 <= len(salt) <= 256 for salt in made)
+
+
+def test_prefixes_are_shared_among_keys_when_asked() -> None:
+    assert salts_of(KEYS, KEYS[0], None, "s", share_cached_prefixes=True) == [None, "s"]
 
 
 @pytest.mark.parametrize(
