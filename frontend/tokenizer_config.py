@@ -83,13 +83,22 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as err:
-        raise ConfigError(f"{path} cannot be read as JSON: {err}") from err
+    content = read_any_json(path)
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
+
+
+def read_any_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as err:
+        raise ConfigError(f"{path} cannot be read as JSON: {err}") from err
 
 
 def _added_tokens(directory: Path, settings: dict[str, Any]) -> dict[int, AddedToken]:
