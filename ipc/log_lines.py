@@ -1,0 +1,32 @@
+"""How log lines are written: whatever a stranger put into a name, it stays inside its own line.
+
+A newline cannot begin a line that looks like ours, and an escape sequence reaches no terminal.
+"""
+
+import logging
+
+_DIRECTIONS = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))  # turn text around it about
+_SEPARATORS = (0x2028, 0x2029)
+_CONTROLS = (*range(0x20), *range(0x7F, 0xA0))
+_SHOWN = {
+    code: f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+    for code in (*_CONTROLS, *_DIRECTIONS, *_SEPARATORS)
+    if chr(code) not in "\n\t"
+}
+_INDENT = "\n    "  # of further lines, as tracebacks have
+
+
+class LineFormatter(logging.Formatter):
+    """A formatter whose every record begins at the margin, and nothing else does."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's text, with control characters shown and further lines indented."""
+        text = super().format(record).rstrip("\n")
+        return text.translate(_SHOWN).replace("\n", _INDENT)
+
+
+def log_to_stderr(level: int, fmt: str, datefmt: str | None = None) -> None:
+    """Log lines of this process and its libraries go to stderr, unless they go somewhere yet."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LineFormatter(fmt, datefmt))
+    logging.basicConfig(level=level, handlers=[handler])
