@@ -53,8 +53,20 @@ def read_tokenizer_config(directory: Path) -> TokenizerConfig:
     """Read every settings file of a tokenizer directory; absent files count as empty.
 
     Raises:
-        ConfigError: a file is not JSON, or not a JSON object.
+        ConfigError: a file is not JSON, or holds something else than settings.
     """
+    try:
+        return _read_tokenizer_config(directory)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as err:
+        raise ConfigError(
+            f"--tokenizer: tokenizer_config.json or a file beside it in {directory} cannot be "
+            f"used: {type(err).__name__}: {err}"
+        ) from err
+
+
+def _read_tokenizer_config(directory: Path) -> TokenizerConfig:
     settings = read_json(directory / "tokenizer_config.json")
     added_tokens = _added_tokens(directory, settings)
     by_content = {token.content: token for token in added_tokens.values()}
