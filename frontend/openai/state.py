@@ -1,13 +1,15 @@
 """What all handlers of one server share: the engine, the names it answers to, and its defaults."""
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from frontend.chat_template import template_of_tokenizer
 from frontend.openai.errors import DrainingError, NotFoundError
 from ipc.config import ModelConfig
-from ipc.errors import ConfigError, RequestError
+from ipc.errors import ConfigError, EngineOverloadedError, RequestError
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from frontend.tokenizer import Tokenizer
 
 MAX_TEMPLATE_PROCESSES = 4
+MAX_WAITING_TEMPLATES = 64  # more than these are refused: each may take seconds
 CHAT_TEMPERATURE = 0.7  # where the checkpoint's generation config sets none
 CHAT_DEFAULTS = {
     "temperature": CHAT_TEMPERATURE,
@@ -63,6 +66,7 @@ class ServerState:
     template_slots: asyncio.Semaphore = field(
         default_factory=lambda: asyncio.Semaphore(MAX_TEMPLATE_PROCESSES)
     )
+    num_templates: int = 0  # of requests, that render or wait for it
 
     @property
     def model_name(self) -> str:
@@ -89,6 +93,24 @@ class ServerState:
             raise DrainingError("the server is shutting down", retry_after_s=5.0)
         if self.engine.errored:
             raise self.engine.dead_error
+
+    @contextlib.asynccontextmanager
+    async def template_slot(self) -> AsyncIterator[None]:
+        """Wait until a template that a request brought may be rendered.
+
+        Raises:
+            EngineOverloadedError: too many wait already.
+        """
+        if self.num_templates >= MAX_TEMPLATE_PROCESSES + MAX_WAITING_TEMPLATES:
+            raise EngineOverloadedError(
+                f"chat_template: {self.num_templates} templates of requests are being rendered"
+            )
+        self.num_templates += 1
+        try:
+            async with self.template_slots:
+                yield
+        finally:
+            self.num_templates -= 1
 
     def need_tokenizer(self) -> "Tokenizer":
         """The tokenizer.
