@@ -16,6 +16,7 @@ from ipc.config import SchedulerConfig
 from ipc.errors import RequestError
 from ipc.messages import AddRequest, encoder, frontend_to_core_decoder
 from ipc.sampling_params import SamplingParams
+from tests.engine_core.builders import CLIENT, Rig, make_request
 from tests.fuzz.values import BOUNDARIES
 
 VOCAB_SIZE = 61
@@ -103,3 +104,19 @@ def _pack(fields: list[Any]) -> bytes:
         return msgspec.msgpack.encode(fields)
     except UnicodeEncodeError:  # lone surrogates cannot be sent as text; as bytes they can
         return msgspec.msgpack.encode([repr(field).encode() for field in fields])
+
+
+def test_nobody_stops_what_another_frontend_asked_nor_what_only_begins_alike() -> None:
+    rig = Rig()
+    for req_id in ("r", "r1", "other"):
+        rig.add(make_request(req_id, 5, max_tokens=12, n=2, temperature=1.0))
+    rig.step()
+    for stranger in (b"", b"stranger", CLIENT[:-1], CLIENT + b"x"):
+        rig.core.abort_requests(stranger, ["r", "r1", "other", "", "*"])
+        rig.core.abort_branches(stranger, [("r", 0), ("r1", 1), ("other", 0)])
+        rig.core.remove_client(stranger)
+    rig.core.abort_requests(CLIENT, ["", "othe", "other1", "R", "*", "r*"])
+    rig.core.abort_branches(CLIENT, [("r", 2), ("r", -1), ("", 0)])
+    rig.run()
+    for req_id in rig.requests:
+        rig.check_solo(req_id)

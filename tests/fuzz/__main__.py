@@ -9,6 +9,7 @@ from tests.fuzz import (
     fuzz_engine_args,
     fuzz_frames,
     fuzz_http,
+    fuzz_metrics,
     fuzz_safetensors,
     fuzz_sampling_params,
 )
@@ -28,6 +29,7 @@ FUZZERS = {
     "frames": fuzz_frames.fuzz,
     "config-json": fuzz_config_json.fuzz,
     "safetensors": fuzz_safetensors.fuzz,
+    "metrics": fuzz_metrics.fuzz,
 }
 
 

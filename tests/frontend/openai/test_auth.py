@@ -3,10 +3,11 @@
 import asyncio
 from typing import Any
 
+import httpx
 import pytest
 
 from frontend.openai.auth import OPEN_PATHS, Authentication
-from tests.frontend.openai.fake_engine import ask, complete, make_server
+from tests.frontend.openai.fake_engine import FakeEngine, ask, complete, make_server
 
 KEYS = ("first-key", "second-key")
 
@@ -178,3 +179,36 @@ def test_open_requests_are_counted_and_forgotten() -> None:
     assert complete(app).status_code == 200
     assert complete(app, max_tokens=-1).status_code == 400
     assert state.num_open == 0
+
+
+def test_a_thousand_requests_under_one_client_id_are_a_thousand_requests() -> None:
+    engine, _, app = make_server(FakeEngine(max_model_len=1000))
+
+    async def ask_all() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            posts = [
+                client.post(
+                    "/v1/completions",
+                    json={"prompt": f"p{i}", "echo": True, "max_tokens": 1, "request_id": "same"},
+                    headers={"x-request-id": "same"},
+                )
+                for i in range(1000)
+            ]
+            return await asyncio.gather(*posts)
+
+    answers = asyncio.run(ask_all())
+    assert [a.json()["choices"][0]["text"] for a in answers] == [f"p{i}H" for i in range(1000)]
+    assert {a.headers["x-request-id"] for a in answers} == {"same"}
+    assert len({a.json()["id"] for a in answers}) == 1000
+    inner = {call.request_id for call in engine.calls}
+    assert len(inner) == 1000
+    assert not any("same" in req_id for req_id in inner)
+
+
+def test_no_route_aborts_what_others_asked() -> None:
+    engine, _, app = make_server(api_keys=KEYS)
+    headers = {"authorization": f"Bearer {KEYS[0]}"}
+    for method, path in sorted(paths_of(app)):
+        ask(app, method, path.replace("{name}", "x"), headers=headers, json={"rid": "", "id": "c"})
+    assert engine.aborted == []
