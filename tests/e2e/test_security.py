@@ -24,6 +24,7 @@ from tests.e2e.secured_server import (
     send_to_unix_socket,
 )
 from tests.frontend.openai.fake_engine import make_server
+from tests.frontend.openai.test_caps import FIELDS, body_of
 from tests.fuzz import fuzz_metrics
 from tests.ipc.other_user import as_nobody, is_root, knock
 
@@ -348,3 +349,27 @@ def test_a_stream_is_its_text_decoded_at_once_however_prompts_end(server: Secure
         alone = tokenizer.decode(token_ids, skip_special_tokens=False)
         text = "".join(choice["text"] for choice in choices)
         assert text == alone or tokenizer.decode(prompt, skip_special_tokens=False) + text == whole
+
+
+# More than the bundled model's context holds; frontend tests have them.
+TOO_LONG_FOR_THE_MODEL = {"messages", "max_tokens"}
+
+
+@pytest.mark.parametrize(("path", "field", "rest", "at_cap", "above", "cap"), FIELDS)
+def test_a_field_at_its_cap_is_served_by_the_core_too(
+    server: SecuredServer,
+    path: str,
+    field: str,
+    rest: dict[str, Any],
+    at_cap: Any,
+    above: Any,
+    cap: str,
+) -> None:
+    if field not in TOO_LONG_FOR_THE_MODEL:
+        status, answer = server.ask("POST", path, body_of(path, field, rest, at_cap))
+        assert status == 200, answer[:500]
+    status, answer = server.ask("POST", path, body_of(path, field, rest, above))
+    assert status == 400
+    error = json.loads(answer)["error"]
+    assert error["param"].split("[")[0] == field
+    assert cap in error["message"]

@@ -4,6 +4,11 @@ The bytes come as from the wire. Either they do not decode, or the request is re
 and a sentence, or it becomes branches that the scheduler and a worker can run.
 """
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -70,32 +75,71 @@ def test_the_pattern_itself_is_accepted() -> None:
     assert what_comes_of(encoder.encode(message)) == "accepted"
 
 
-@pytest.mark.parametrize("field", AddRequest.__struct_fields__)
-def test_a_hostile_field_of_a_request_harms_nobody(field: str) -> None:
-    place = 1 + AddRequest.__struct_fields__.index(field)  # the tag comes first
-    message = AddRequest("r", [1, 2, 3], SamplingParams(seed=1, max_tokens=2), 0.0, resumed=[])
+def outcomes_of_request_field(field: str) -> list[str]:
+    """What comes of each hostile value in a field of the request."""
+    message = AddRequest("r", [1, 2, 3], SamplingParams(seed=1, max_tokens=2), 0.0)
     fields = encoded(message)
+    place = 1 + AddRequest.__struct_fields__.index(field)  # the tag comes first
     fields += [None] * (place + 1 - len(fields))
-    outcomes = set()
+    outcomes = []
     for value in HOSTILE:
         fields[place] = value
-        outcomes.add(what_comes_of(_pack(fields)))
+        outcomes.append(what_comes_of(_pack(fields)))
+    return outcomes
+
+
+def outcomes_of_params_field(field: str) -> list[str]:
+    """What comes of each hostile value in a field of the parameters, alone and beside others."""
+    message = AddRequest("r", [1, 2, 3], SamplingParams(seed=1, max_tokens=2), 0.0)
+    fields = encoded(message)
+    place = 1 + AddRequest.__struct_fields__.index("params")
+    outcomes = []
+    for value in HOSTILE:
+        for more in ({}, {"n": 3, "temperature": 0.5}, {"temperature": 0.0}):
+            fields[place] = {"seed": 1, "max_tokens": 2, **more, field: value}
+            outcomes.append(what_comes_of(_pack(fields)))
+    return outcomes
+
+
+@pytest.mark.parametrize("field", AddRequest.__struct_fields__)
+def test_a_hostile_field_of_a_request_harms_nobody(field: str) -> None:
+    outcomes = set(outcomes_of_request_field(field))
     assert outcomes <= {"dropped", "refused", "accepted"}
     assert outcomes & {"dropped", "refused"}
 
 
 @pytest.mark.parametrize("field", SamplingParams.__struct_fields__)
 def test_a_hostile_field_of_the_parameters_harms_nobody(field: str) -> None:
-    message = AddRequest("r", [1, 2, 3], SamplingParams(seed=1, max_tokens=2), 0.0)
-    fields = encoded(message)
-    place = 1 + AddRequest.__struct_fields__.index("params")
-    outcomes = set()
-    for value in HOSTILE:
-        for more in ({}, {"n": 3, "temperature": 0.5}, {"temperature": 0.0}):
-            fields[place] = {"seed": 1, "max_tokens": 2, **more, field: value}
-            outcomes.add(what_comes_of(_pack(fields)))
+    outcomes = set(outcomes_of_params_field(field))
     assert outcomes <= {"dropped", "refused", "accepted"}
     assert outcomes & {"dropped", "refused"}
+
+
+def all_outcomes() -> dict[str, list[str]]:
+    """Every field's outcomes."""
+    found = {name: outcomes_of_request_field(name) for name in AddRequest.__struct_fields__}
+    return found | {
+        name: outcomes_of_params_field(name) for name in SamplingParams.__struct_fields__
+    }
+
+
+def test_the_same_is_refused_where_assertions_check_nothing() -> None:
+    program = (
+        "import json\n"
+        "from tests.engine_core.test_hostile_requests import all_outcomes\n"
+        "print(json.dumps([__debug__, all_outcomes()]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"PYTHONOPTIMIZE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    has_assertions, outcomes = json.loads(done.stdout)
+    assert not has_assertions
+    assert outcomes == all_outcomes()
 
 
 def _pack(fields: list[Any]) -> bytes:
