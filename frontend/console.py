@@ -3,7 +3,7 @@
 import logging
 
 from ipc.errors import ConfigError, EngineError, ExitCode, RequestError
-from ipc.log_lines import log_to_stderr
+from ipc.log_lines import FloodGate, log_to_stderr
 
 
 def report(error: EngineError) -> int:
@@ -21,5 +21,7 @@ def set_up_logging(level: str) -> None:
     name = "DEBUG" if level == "trace" else level.upper()
     fmt = "%(levelname)s %(asctime)s %(name)s: %(message)s"
     log_to_stderr(getattr(logging, name), fmt, "%H:%M:%S")
+    # Whoever can reach the port can make it warn of requests that are none.
+    logging.getLogger("uvicorn.error").addFilter(FloodGate())
     for noisy in ("asyncio", "httpcore", "httpx"):
         logging.getLogger(noisy).setLevel(max(logging.INFO, getattr(logging, name)))

@@ -12,7 +12,6 @@ import select
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,11 +65,11 @@ class ApiProcess:
 def spawn(arguments: Sequence[str]) -> ApiProcess:
     """Start an API process with these flags.
 
-    They go through a file that has no name, as API keys may be among them: command lines are
-    everybody's to read.
+    They go through memory that only the two processes share, as API keys may be among them:
+    command lines are everybody's to read.
     """
     death_read, death_write = os.pipe()
-    with tempfile.TemporaryFile() as file:
+    with os.fdopen(os.memfd_create("arguments"), "wb") as file:
         file.write(msgspec.json.encode(list(arguments)))
         file.flush()
         process = subprocess.Popen(

@@ -373,3 +373,31 @@ def test_a_field_at_its_cap_is_served_by_the_core_too(
     error = json.loads(answer)["error"]
     assert error["param"].split("[")[0] == field
     assert cap in error["message"]
+
+
+def test_log_probabilities_of_the_longest_prompt_are_given_and_no_more(
+    server: SecuredServer,
+) -> None:
+    _, answer = server.ask("POST", "/tokenize", {"prompt": "Hi"})
+    longest = json.loads(answer)["max_model_len"] - 1
+    for num_tokens, expected in ((longest, 200), (longest + 1, 400)):
+        prompt = [100 + i % 1000 for i in range(num_tokens)]
+        body = {"prompt": prompt, "prompt_logprobs": 20, "max_tokens": 1}
+        status, answer = server.ask("POST", "/v1/completions", body)
+        assert status == expected, answer[:500]
+
+
+def test_special_tokens_typed_as_text_are_text_for_everybody_else(server: SecuredServer) -> None:
+    named = load_tokenizer_directory(TINY).special_tokens_map.values()
+    for text in (
+        *map(str, named),
+        "<image>",
+        "<|image_pad|>" * 50,
+        "<|endoftext|>" * 3,
+        "\x00",
+        "\u202e",
+    ):
+        chat = {"messages": [{"role": "user", "content": text}], "max_tokens": 2}
+        assert server.ask("POST", "/v1/chat/completions", chat)[0] == 200, text
+        body = {"prompt": text + "x" + text, "max_tokens": 2}
+        assert server.ask("POST", "/v1/completions", body)[0] == 200, text

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from ipc.log_lines import LineFormatter
+from ipc.log_lines import FloodGate, LineFormatter
 
 FORMATTER = LineFormatter("%(levelname)s %(name)s: %(message)s")
 
@@ -47,3 +47,25 @@ def test_a_traceback_stands_indented_below_its_line() -> None:
     assert first == "INFO x: failed"
     assert rest[0] == "    Traceback (most recent call last):"
     assert "    ERROR x: forged" in rest
+
+
+def passes(gate: FloodGate, message: str, level: int = logging.WARNING) -> str | None:
+    record = logging.LogRecord("x", level, "", 1, message, (), None)
+    return record.getMessage() if gate.filter(record) else None
+
+
+def test_a_warning_that_strangers_repeat_passes_once_in_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now_s = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now_s)
+    gate = FloodGate(interval_s=10.0)
+    assert [passes(gate, "bad") for _ in range(100)] == ["bad"] + [None] * 99
+    assert passes(gate, "another") == "another"
+    assert [passes(gate, "bad", logging.ERROR) for _ in range(2)] == ["bad", "bad"]
+    now_s = 11.0
+    assert passes(gate, "bad") == "bad (and 99 more before it)"
+    assert passes(gate, "bad") is None
+    for number in range(1000):
+        assert passes(gate, f"message {number}") is not None
+    assert len(gate._seen) <= 100

@@ -134,6 +134,7 @@ def test_a_large_head_is_refused_before_it_is_complete_or_when_it_is(piece: int)
         if transport.ended_by is None:
             protocol.data_received(head[at : at + piece])
     assert transport.written.startswith(b"HTTP/1.1 431 ")
+    assert b"headers: above the cap of 32768 bytes" in transport.written
     assert transport.ended_by == "close"
     assert loop.num_tasks == 0
 
