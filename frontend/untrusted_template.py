@@ -65,6 +65,7 @@ async def _ask_process(work: bytes) -> dict[str, str]:
     finally:
         if process.returncode is None:
             process.kill()
+            await process.communicate()  # its end, and its pipes': at once
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ def test_the_same_measure_sees_a_comparison_character_by_character() -> None:
 
 def test_the_time_of_an_answer_tells_what_the_own_key_asked_and_not_what_others_did() -> None:
     with secured_server("--disable-log-requests") as server:
-        within = timing.prefix_timing(server, 8, KEYS[0])
+        within = timing.prefix_timing(server, 6, KEYS[0])
         across = timing.prefix_timing(server, 8, KEYS[1], seed=1)
     assert within > 0.8  # the measure sees a cached prefix
     assert 0.01 < across < 0.99  # few samples: the command has the limit of 0.55

@@ -270,7 +270,7 @@ def test_errors_tell_nothing_of_this_machine(server: SecuredServer) -> None:
         "{{ x.y.z }}", "{{ lipsum() }}", "{{ cycler.__init__ }}", "{{ range }}{{ 1 / 0 }}",
         "{{ raise_exception(range | string) }}", "{{ raise_exception(raise_exception | string) }}",
     ]  # fmt: skip
-    chat = {"messages": [{"role": "user", "content": "x"}]}
+    chat = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
     bodies: list[tuple[str, Any]] = [
         ("/v1/chat/completions", chat | {"chat_template": template}) for template in templates
     ]
@@ -295,7 +295,7 @@ def test_other_chats_go_on_while_templates_render_for_ever(server: SecuredServer
         body = chat | {"chat_template": endless}
         refused.append(server.ask("POST", "/v1/chat/completions", body, key=KEYS[1])[0])
 
-    attackers = [threading.Thread(target=attack) for _ in range(6)]
+    attackers = [threading.Thread(target=attack) for _ in range(4)]
     for each in attackers:
         each.start()
     num_served = 0
@@ -304,7 +304,7 @@ def test_other_chats_go_on_while_templates_render_for_ever(server: SecuredServer
         num_served += 1
     for each in attackers:
         each.join()
-    assert num_served >= 3
+    assert num_served >= 2
     assert set(refused) == {400}
 
 
@@ -327,7 +327,7 @@ def test_a_stream_is_its_text_decoded_at_once_however_prompts_end(server: Secure
     tokenizer = load_tokenizer_directory(TINY)
     texts = ["🙂🙃 你好", "naïve café", "日本語", "\u200d👩‍👩‍👧", "é"]
     rng = random.Random(2)
-    for number in range(24):
+    for number in range(12):
         ids = tokenizer.encode(rng.choice(texts), add_special_tokens=False)
         prompt = ids[: rng.randrange(1, len(ids) + 1)]  # often in the middle of a character
         if number % 4 == 0:
