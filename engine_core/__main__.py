@@ -16,6 +16,7 @@ from types import FrameType
 
 from engine_core.supervisor import Supervisor
 from ipc.errors import ConfigError, ExitCode
+from ipc.log_lines import log_to_stderr
 from ipc.messages import EngineFailed, LoadProgress
 from ipc.processes import child_environment, python_command
 from ipc.status import Listening, Status, StatusWriter
@@ -28,7 +29,7 @@ def main(arguments: list[str]) -> int:
     options, engine_flags = _make_parser().parse_known_args(arguments)
     # Embedded, the terminal belongs to somebody else's program.
     level = logging.WARNING if options.embedded else logging.INFO
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_to_stderr(level, "%(asctime)s %(levelname)s %(name)s: %(message)s")
     if options.core:
         return _run_core(options)
     try:

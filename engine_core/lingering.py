@@ -38,19 +38,11 @@ class Lingering:
         return len(self._lingerers)
 
     def check(self, request: AddRequest) -> None:
-        """Refuse a request that cannot linger as it asks to.
-
-        Raises:
-            RequestError: its stream's name is in use, or something of it would be lost.
-        """
+        """Raise RequestError when the name of a request's stream is in use."""
         if request.linger is None:
             return
         if request.linger.stream_id in self._lingerers:
             raise RequestError("a stream of this name is open already", "stream_id")
-        if request.has_logits_processors or request.params.logprobs is not None:
-            raise RequestError(
-                "a stream with log-probabilities or logits processors cannot linger", "linger"
-            )
 
     def add(self, request: AddRequest, group: RequestGroup) -> None:
         """Remember a request that was admitted, where it wants to linger."""

@@ -10,19 +10,22 @@ from dataclasses import dataclass
 from math import isfinite
 
 from engine_core.fair_share import MAX_TENANT, MAX_WEIGHT, MIN_WEIGHT
+from ipc.caps import (
+    MAX_BRANCHES,
+    MAX_CORE_BAD_WORDS,
+    MAX_CORE_STOP_TOKENS,
+    MAX_ID_CHARS,
+    MAX_LINGER_S,
+    MAX_LIST_ENTRIES,
+    MAX_PRESENTATION_BYTES,
+    MAX_PROMPT_LOGPROBS,
+    MAX_STOP_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_WORD_TOKENS,
+    num_prompt_logprobs,
+)
 from ipc.errors import RequestError, UnsupportedError
 from ipc.messages import AddRequest
-from ipc.sampling_params import SamplingParams
-
-MAX_BRANCHES = 128
-MAX_NAME_CHARS = 256  # request ids and cache salts
-MAX_STOP_STRINGS = 16
-MAX_STOP_CHARS = 256
-MAX_TOKEN_LIST = 1024  # logit_bias, eos_token_ids
-# Frontends take lists of 1024 from clients, and then add: the checkpoint's further end-of-text
-# ids to the stop tokens, and to each bad word its spelling after a space.
-MAX_STOP_TOKENS = MAX_BAD_WORDS = 2 * MAX_TOKEN_LIST
-MAX_PROMPT_LOGPROBS = 1 << 22  # log-probabilities in one answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +49,11 @@ def check_request(request: AddRequest, limits: RequestLimits) -> None:
     _check_features(request)
     _check_names(request)
     _check_prompt(request, limits)
-    _check_params(request.params, limits)
+    _check_params(request, limits)
     _check_token_lists(request, limits.vocab_size)
     _check_resumed(request, limits)
     _check_place(request)
+    _check_linger(request)
 
 
 def _check_features(request: AddRequest) -> None:
@@ -74,12 +78,33 @@ def _check_names(request: AddRequest) -> None:
     for name, value in (("req_id", request.req_id), ("cache_salt", request.cache_salt)):
         if value is None:
             continue
-        if not 1 <= len(value) <= MAX_NAME_CHARS or not value.isprintable():
+        if not 1 <= len(value) <= MAX_ID_CHARS or not value.isprintable():
             raise RequestError(
-                f"{name} must have 1 to {MAX_NAME_CHARS} printable characters, got {len(value)}"
+                f"{name} must have 1 to {MAX_ID_CHARS} printable characters, got {len(value)}"
                 f"{'' if value.isprintable() else ', some not printable'}",
                 name,
             )
+
+
+def _check_linger(request: AddRequest) -> None:
+    linger = request.linger
+    if linger is None:
+        return
+    if not 0.0 < linger.seconds <= MAX_LINGER_S:
+        raise RequestError(f"linger_s must be at most {MAX_LINGER_S}", "linger_s")
+    if not 1 <= len(linger.stream_id) <= MAX_ID_CHARS or not linger.stream_id.isprintable():
+        raise RequestError(
+            f"a stream's name has 1 to {MAX_ID_CHARS} printable characters", "linger_s"
+        )
+    if len(linger.presentation) > MAX_PRESENTATION_BYTES:
+        raise RequestError(
+            f"linger_s: what presents the stream is above {MAX_PRESENTATION_BYTES} bytes",
+            "linger_s",
+        )
+    if request.has_logits_processors or request.params.logprobs is not None:
+        raise RequestError(
+            "a stream with log-probabilities or logits processors cannot linger", "linger_s"
+        )
 
 
 def _check_prompt(request: AddRequest, limits: RequestLimits) -> None:
@@ -96,24 +121,24 @@ def _check_prompt(request: AddRequest, limits: RequestLimits) -> None:
     _check_ids("prompt", request.prompt_token_ids, limits.vocab_size)
 
 
-def _check_params(params: SamplingParams, limits: RequestLimits) -> None:
+def _check_params(request: AddRequest, limits: RequestLimits) -> None:
+    params = request.params
     if params.seed is None:
         raise RequestError("seed must be set: the frontend draws one at admission", "seed")
-    if max(params.n, params.num_branches) > MAX_BRANCHES:
-        raise RequestError(
-            f"n and best_of must be at most {MAX_BRANCHES}, got {params.num_branches}", "n"
-        )
+    for name, branches in (("n", params.n), ("best_of", params.num_branches)):
+        if branches > MAX_BRANCHES:
+            raise RequestError(f"{name} must be at most {MAX_BRANCHES}, got {branches}", name)
     for name, count in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
         _check_num_logprobs(name, count, limits)
-    if params.prompt_logprobs is not None:
-        per_token = params.prompt_logprobs if params.prompt_logprobs >= 0 else limits.vocab_size
-        total = (per_token + 1) * limits.max_model_len
-        if params.prompt_logprobs < 0 and total > MAX_PROMPT_LOGPROBS:
-            raise RequestError(
-                f"prompt_logprobs=-1 may give {total} values, "
-                f"more than {MAX_PROMPT_LOGPROBS}; ask for fewer",
-                "prompt_logprobs",
-            )
+    total = num_prompt_logprobs(
+        params.prompt_logprobs, len(request.prompt_token_ids), limits.vocab_size
+    )
+    if total > MAX_PROMPT_LOGPROBS:
+        raise RequestError(
+            f"prompt_logprobs would give {total} values for this prompt; the cap is "
+            f"{MAX_PROMPT_LOGPROBS}",
+            "prompt_logprobs",
+        )
     stops = params.stop_strings
     if len(stops) > MAX_STOP_STRINGS or any(len(text) > MAX_STOP_CHARS for text in stops):
         raise RequestError(
@@ -137,14 +162,20 @@ def _check_num_logprobs(name: str, count: int | None, limits: RequestLimits) -> 
 def _check_token_lists(request: AddRequest, vocab_size: int) -> None:
     params = request.params
     sizes = (
-        ("stop_token_ids", len(params.stop_token_ids or ()), MAX_STOP_TOKENS),
-        ("logit_bias", len(params.logit_bias or ()), MAX_TOKEN_LIST),
-        ("bad_words", len(request.bad_words_token_ids), MAX_BAD_WORDS),
-        ("eos_token_ids", len(request.eos_token_ids), MAX_TOKEN_LIST),
+        ("stop_token_ids", len(params.stop_token_ids or ()), MAX_CORE_STOP_TOKENS),
+        ("logit_bias", len(params.logit_bias or ()), MAX_LIST_ENTRIES),
+        ("bad_words", len(request.bad_words_token_ids), MAX_CORE_BAD_WORDS),
+        ("eos_token_ids", len(request.eos_token_ids), MAX_LIST_ENTRIES),
     )
     for name, size, cap in sizes:
         if size > cap:
             raise RequestError(f"{name} may hold {cap} entries, got {size}", name)
+    longest = max(map(len, request.bad_words_token_ids), default=0)
+    if longest > MAX_WORD_TOKENS:
+        raise RequestError(
+            f"bad_words may hold words of {MAX_WORD_TOKENS} tokens, got one of {longest}",
+            "bad_words",
+        )
     if len(params.allowed_token_ids or ()) > vocab_size:
         raise RequestError(
             f"allowed_token_ids may hold {vocab_size} tokens, "

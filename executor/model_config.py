@@ -71,6 +71,7 @@ _ALIASES: dict[str, tuple[str, ...]] = {
     "activation": ("hidden_activation", "hidden_act", "activation_function"),
 }
 
+_MAX_COUNT = 1 << 24  # layers, heads, hidden size, vocabulary
 _NO_WINDOW_FAMILIES = ("llama", "opt", "gpt2")  # their reference code ignores the key
 
 
@@ -149,6 +150,17 @@ class ModelShape:
         Raises:
             ConfigError: a key without which no model can be built is absent or impossible.
         """
+        try:
+            return cls._from_hf(hf_config, max_model_len, disable_sliding_window)
+        except ConfigError:
+            raise
+        except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as err:
+            raise ConfigError(f"config.json describes no model: {err}") from err
+
+    @classmethod
+    def _from_hf(
+        cls, hf_config: Mapping[str, Any], max_model_len: int | None, disable_sliding_window: bool
+    ) -> "ModelShape":
         config = text_config_of(hf_config)
         model_type = str(config["model_type"])
         num_heads = _int(config, "num_heads")
@@ -207,6 +219,8 @@ def _int(config: Mapping[str, Any], name: str) -> int:
     value = _find(config, name)
     if value is None:
         raise ConfigError(f"config.json names no {' or '.join(_ALIASES.get(name, (name,)))}")
+    if not 1 <= int(value) <= _MAX_COUNT:
+        raise ConfigError(f"config.json: {name} must be between 1 and {_MAX_COUNT}, got {value}")
     return int(value)
 
 

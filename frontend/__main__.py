@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING
 from frontend.console import report, set_up_logging
 from frontend.engine_args import AsyncEngineArgs
 from frontend.model_files import choose_model
-from frontend.openai.api_processes import ApiProcess, hold_port, serve_with_processes, spawn
+from frontend.openai.api_processes import (
+    ApiProcess,
+    hold_port,
+    read_arguments,
+    serve_with_processes,
+    spawn,
+)
 from frontend.openai.server import ListenOptions, bind, check_certificates, run
 from frontend.openai.server_args import (
     listen_options,
@@ -26,7 +32,7 @@ from frontend.usage_context import UsageContext
 from ipc.addresses import make_ipc_directory
 from ipc.curve import load_client_keys
 from ipc.errors import EngineError
-from ipc.processes import die_with
+from ipc.processes import KEY_VARIABLE, die_with
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -39,6 +45,9 @@ logger = logging.getLogger("heliograph")
 def main(argv: Sequence[str] | None = None, prog: str = "python -m frontend") -> int:
     """Serve until a signal; the exit code."""
     args = make_parser(prog).parse_args(argv)
+    if args.arguments_fd is not None:
+        argv = [*read_arguments(args.arguments_fd), "--death-fd", str(args.death_fd)]
+        args = make_parser(prog).parse_args(argv)
     set_up_logging(args.uvicorn_log_level)
     try:
         if args.attach is None:
@@ -105,6 +114,8 @@ def run_api_processes(argv: Sequence[str], args: argparse.Namespace, listen: Lis
     holder = hold_port(bind(listen))
     own_flags = ["--api-server-count", "1", "--port", str(holder.getsockname()[1])]
     own_flags += ["--shared-metrics", str(directory)]
+    if key := os.environ.get(KEY_VARIABLE):  # not in the environment of any child
+        own_flags += ["--api-key", key]
 
     def make_start(address: str | None) -> Callable[[], ApiProcess]:
         attached = [] if address is None else ["--attach", address]

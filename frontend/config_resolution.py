@@ -18,6 +18,7 @@ from frontend.feature_checks import (
     check_quantization_device,
     check_quantization_method,
 )
+from frontend.hf_config_checks import check_eos_token_id, check_hf_config
 from frontend.model_files import check_custom_code, check_weights, find_directory
 from frontend.tokenizer_config import read_json, read_tokenizer_config
 from ipc.config import (
@@ -111,7 +112,7 @@ def resolve_model_config(
         tokenizer_path=str(tokenizer_path),
         code_path=_find_code(config, hf_config, load_config),
         hf_config=hf_config,
-        generation_config=_encodable(read_json(model_path / "generation_config.json")),
+        generation_config=read_generation_config(model_path),
         dtype=dtype,
         max_model_len=choose_max_model_len(
             config.max_model_len,
@@ -132,8 +133,26 @@ def read_hf_config(model_path: Path) -> dict[str, Any]:
     hf_config = read_json(model_path / "config.json")
     if not hf_config:
         raise ConfigError(f"--model: {model_path} has no config.json, so it is no model")
-    encodable = _encodable(hf_config)
-    assert isinstance(encodable, dict)
+    try:
+        encodable: dict[str, Any] = _encodable(hf_config)
+    except (RecursionError, OverflowError) as err:
+        raise ConfigError(f"--model: {model_path / 'config.json'} cannot be used: {err}") from err
+    check_hf_config(encodable, "config.json")
+    return encodable
+
+
+def read_generation_config(model_path: Path) -> dict[str, Any]:
+    """The checkpoint's ``generation_config.json``; {} when there is none.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
+    path = model_path / "generation_config.json"
+    try:
+        encodable: dict[str, Any] = _encodable(read_json(path))
+    except (RecursionError, OverflowError) as err:
+        raise ConfigError(f"--model: {path} cannot be used: {err}") from err
+    check_eos_token_id(encodable, "generation_config.json")
     return encodable
 
 
@@ -151,7 +170,7 @@ def common_sliding_window(hf_config: dict[str, Any]) -> int | None:
     is_mixed = (
         model_type.startswith(("gemma2", "gemma3"))
         or config.get("sliding_window_pattern", 1) != 1
-        or config.get("max_window_layers", 0) > 0
+        or (config.get("max_window_layers") or 0) > 0
     )
     return None if is_mixed else window
 

@@ -1,9 +1,9 @@
 """What our commands say on stderr: log lines, and the last one when something is wrong."""
 
 import logging
-import sys
 
 from ipc.errors import ConfigError, EngineError, ExitCode, RequestError
+from ipc.log_lines import FloodGate, log_to_stderr
 
 
 def report(error: EngineError) -> int:
@@ -19,11 +19,9 @@ def report(error: EngineError) -> int:
 def set_up_logging(level: str) -> None:
     """Log lines of this process and its libraries go to stderr."""
     name = "DEBUG" if level == "trace" else level.upper()
-    logging.basicConfig(
-        level=getattr(logging, name),
-        format="%(levelname)s %(asctime)s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-    )
+    fmt = "%(levelname)s %(asctime)s %(name)s: %(message)s"
+    log_to_stderr(getattr(logging, name), fmt, "%H:%M:%S")
+    # Whoever can reach the port can make it warn of requests that are none.
+    logging.getLogger("uvicorn.error").addFilter(FloodGate())
     for noisy in ("asyncio", "httpcore", "httpx"):
         logging.getLogger(noisy).setLevel(max(logging.INFO, getattr(logging, name)))

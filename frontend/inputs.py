@@ -21,15 +21,22 @@ from frontend.pooling_params import PoolingParams
 from frontend.prompts import ParsedPrompt, Prompt, parse_prompt
 from frontend.tokenizer import LONG_TEXT_CHARS, Tokenizer
 from frontend.tokenizer_pool import TokenizerPool
+from ipc.caps import (
+    MAX_BRANCHES,
+    MAX_ID_CHARS,
+    MAX_LIST_ENTRIES,
+    MAX_PROMPT_LOGPROBS,
+    MAX_STOP_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_WORD_CHARS,
+    num_prompt_logprobs,
+)
 from ipc.config import ModelConfig
 from ipc.errors import RequestError, UnsupportedError
 from ipc.messages import AddRequest, Limits, Linger
 from ipc.sampling_params import SamplingParams
 
 MAX_LONG_TEXTS = 2  # tokenised at a time: threads compete with the event loop for the cores
-MAX_BRANCHES = 128
-MAX_STOP_STRINGS, MAX_STOP_CHARS = 16, 256
-MAX_LIST_ENTRIES = 1024  # stop_token_ids, logit_bias, bad_words
 _UNSUPPORTED_PARAMS = (
     "extra_args",
     "flat_logprobs",
@@ -37,7 +44,6 @@ _UNSUPPORTED_PARAMS = (
     "thinking_token_budget",
     "repetition_detection",
 )
-MAX_ID_CHARS = 256  # request ids and cache salts
 
 
 @dataclass(slots=True)
@@ -174,6 +180,7 @@ class InputProcessor:
         if new.max_tokens_must_fit:
             self._check_room(len(prompt_token_ids), params.max_tokens)
         check_params(params, self._model_config.max_logprobs, self._limits.vocab_size)
+        self._check_prompt_logprobs(params.prompt_logprobs, len(prompt_token_ids))
         processors = resolve_processors(params.logits_processors)
         if params.stop_strings and self.tokenizer is None:
             raise RequestError("stop strings need the tokenizer, which was not loaded", "stop")
@@ -302,6 +309,15 @@ class InputProcessor:
                 "max_tokens",
             )
 
+    def _check_prompt_logprobs(self, per_token: int | None, num_prompt_tokens: int) -> None:
+        total = num_prompt_logprobs(per_token, num_prompt_tokens, self._limits.vocab_size)
+        if total > MAX_PROMPT_LOGPROBS:
+            raise RequestError(
+                f"prompt_logprobs would give {total} values for this prompt; the cap is "
+                f"{MAX_PROMPT_LOGPROBS}",
+                "prompt_logprobs",
+            )
+
     def _wire_params(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
         """The copy that travels: seed drawn, limits filled in, callables left behind."""
         try:
@@ -414,6 +430,13 @@ def _check_caps(params: SamplingParams) -> None:
                 f"{len(getattr(params, name))}",
                 name,
             )
+    longest = max(map(len, params.bad_words or ()), default=0)
+    if longest > MAX_WORD_CHARS:
+        raise RequestError(
+            f"bad_words must hold words of at most {MAX_WORD_CHARS} characters, got one of "
+            f"{longest}",
+            "bad_words",
+        )
 
 
 def _deadline(new: NewRequest) -> float | None:

@@ -10,8 +10,9 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
-from frontend.tokenizer_config import read_json
+from frontend.tokenizer_config import read_any_json
 from ipc.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -23,13 +24,9 @@ _WEIGHT_PATTERNS = {
     "npcache": ("*.bin",),
     "dummy": (),
 }
-_FILES_WITH_CODE = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer_config.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-)
+# Large, and no library looks for code in them; every other *.json may name some.
+_FILES_WITHOUT_CODE = ("tokenizer.json", "vocab.json", "added_tokens.json")
+_INDEX_SUFFIX = ".index.json"
 
 
 def bundled_model() -> Path:
@@ -94,19 +91,41 @@ def find_directory(
 
 
 def check_custom_code(directory: Path, *, trust_remote_code: bool) -> None:
-    """Refuse a checkpoint that brings its own code.
+    """Refuse a checkpoint that brings its own code, whichever of its settings files says so.
+
+    All are looked at, nested settings too: which file a library reads for what changes over time.
 
     Raises:
         ConfigError: it does, and ``--trust-remote-code`` was not given.
     """
     if trust_remote_code:
         return
-    for name in _FILES_WITH_CODE:
-        if read_json(directory / name).get("auto_map"):
+    for path in sorted(directory.glob("*.json")):
+        if path.name in _FILES_WITHOUT_CODE or path.name.endswith(_INDEX_SUFFIX):
+            continue
+        try:
+            settings = read_any_json(path)
+        except ConfigError:
+            continue  # not JSON for anybody; files that are needed are read, and refused, elsewhere
+        if _names_code(settings):
             raise ConfigError(
-                f"{directory / name} asks for code of its own (auto_map); pass "
+                f"{path} asks for code of its own (auto_map); pass "
                 f"--trust-remote-code if you trust its authors"
             )
+
+
+def _names_code(settings: Any) -> bool:
+    """Whether ``auto_map`` stands anywhere in parsed JSON. No recursion: files may be hostile."""
+    unseen = [settings]
+    while unseen:
+        value = unseen.pop()
+        if isinstance(value, dict):
+            if value.get("auto_map"):
+                return True
+            unseen.extend(value.values())
+        elif isinstance(value, list):
+            unseen.extend(value)
+    return False
 
 
 def check_weights(directory: Path, load_format: str) -> None:

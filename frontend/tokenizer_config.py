@@ -53,8 +53,20 @@ def read_tokenizer_config(directory: Path) -> TokenizerConfig:
     """Read every settings file of a tokenizer directory; absent files count as empty.
 
     Raises:
-        ConfigError: a file is not JSON, or not a JSON object.
+        ConfigError: a file is not JSON, or holds something else than settings.
     """
+    try:
+        return _read_tokenizer_config(directory)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, ArithmeticError, AttributeError, LookupError) as err:
+        raise ConfigError(
+            f"--tokenizer: tokenizer_config.json or a file beside it in {directory} cannot be "
+            f"used: {type(err).__name__}: {err}"
+        ) from err
+
+
+def _read_tokenizer_config(directory: Path) -> TokenizerConfig:
     settings = read_json(directory / "tokenizer_config.json")
     added_tokens = _added_tokens(directory, settings)
     by_content = {token.content: token for token in added_tokens.values()}
@@ -83,13 +95,22 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as err:
-        raise ConfigError(f"{path} cannot be read as JSON: {err}") from err
+    content = read_any_json(path)
     if not isinstance(content, dict):
         raise ConfigError(f"{path} must hold a JSON object, got {type(content).__name__}")
     return content
+
+
+def read_any_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as err:
+        raise ConfigError(f"{path} cannot be read as JSON: {err}") from err
 
 
 def _added_tokens(directory: Path, settings: dict[str, Any]) -> dict[int, AddedToken]:

@@ -17,9 +17,11 @@ import msgspec
 
 from frontend.chat_template import MAX_OUTPUT_CHARS, render
 from ipc.errors import EngineError, RequestError
+from ipc.processes import child_environment, python_command
 
 RENDER_TIMEOUT_S = 2.0
 MAX_TEMPLATE_CHARS = 64 << 10
+_ENVIRONMENT = ("PYTHONPATH", "LD_LIBRARY_PATH", "PYTHONOPTIMIZE", "LANG", "TZ")
 MEMORY_BYTES = 64 << 20  # beyond what the process holds when it begins
 
 
@@ -43,11 +45,12 @@ async def render_untrusted(
 
 
 async def _ask_process(work: bytes) -> dict[str, str]:
+    inherited = child_environment()
     process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "frontend.untrusted_template",
-        cwd=Path(__file__).parents[1],
+        *python_command("frontend.untrusted_template"),
+        # What a template might get hold of should be worth nothing: no secrets, no settings.
+        env={name: inherited[name] for name in _ENVIRONMENT if name in inherited},
+        cwd="/",
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
@@ -62,6 +65,7 @@ async def _ask_process(work: bytes) -> dict[str, str]:
     finally:
         if process.returncode is None:
             process.kill()
+            await process.communicate()  # its end, and its pipes': at once
 
 
 def main() -> None:

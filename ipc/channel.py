@@ -104,6 +104,8 @@ class RouterChannel(Generic[T]):
             self._socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
         else:
             _configure_tcp(self._socket, address)
+            if self._curve_keys is None:
+                logger.warning("%s is open to every user of this machine: no keys", address)
         former_umask = os.umask(0o177)  # the socket file is the owner's from its first moment
         try:
             self._socket.bind(_wildcard_port(resolve_for_bind(address)))

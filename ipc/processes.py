@@ -15,6 +15,8 @@ import socket
 import sys
 from types import FrameType
 
+KEY_VARIABLE = "VLLM_API_KEY"  # an API key of the server, named as users of vLLM know it
+
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -24,9 +26,13 @@ def python_command(module: str, *arguments: str) -> list[str]:
 
 
 def child_environment() -> dict[str, str]:
-    """This environment, with an import path that finds what this process finds."""
+    """This environment, with an import path that finds what this process finds.
+
+    API keys are left out: only who answers HTTP needs them, and is told in another way.
+    """
     paths = [os.path.abspath(path) for path in sys.path]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    environment = {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}
+    return environment | {"PYTHONPATH": os.pathsep.join(paths)}
 
 
 def die_with(death_pipe: int) -> None:

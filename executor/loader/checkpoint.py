@@ -91,11 +91,15 @@ def _find(directory: Path, index: str, patterns: tuple[str, ...]) -> list[Path]:
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as err:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as err:
         raise EngineStartError(f"{index} is not a weight index: {err!r}") from err
     if not isinstance(weight_map, dict) or not weight_map:
         raise EngineStartError(f"{index} maps no weights to files")
-    return {str(name): str(file) for name, file in weight_map.items()}
+    files = {str(name): str(file) for name, file in weight_map.items()}
+    for file in set(files.values()):
+        if file in ("", ".", "..") or "/" in file or "\0" in file:
+            raise EngineStartError(f"{index} lists {file!r:.200}, which is not a file beside it")
+    return files
 
 
 def _sizes(paths: list[Path]) -> dict[str, int]:
@@ -147,7 +151,12 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         raise EngineStartError(f"{path} holds a {type(state).__name__}, not named tensors")
     if isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
-    return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    for name, tensor in tensors.items():
+        # A sparse tensor's indices are nobody's to trust, and none belongs among weights.
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise EngineStartError(f"{path}: {name} is no plain tensor ({tensor.layout})")
+    return tensors
 
 
 def _is_zip(path: Path) -> bool:

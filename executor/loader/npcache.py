@@ -36,9 +36,9 @@ def read_cache(
         if file_sizes and manifest["files"] != file_sizes:
             return None  # another checkpoint took the place of the one that was copied
         tensors = {
-            name: _load(cache / file, dtype) for name, (file, dtype) in manifest["tensors"].items()
+            name: _load(cache, file, dtype) for name, (file, dtype) in manifest["tensors"].items()
         }
-    except (OSError, ValueError, KeyError, TypeError) as err:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as err:
         raise EngineStartError(f"{cache} is a broken numpy cache, delete it: {err!r}") from err
     return tensors, manifest["files"]
 
@@ -68,7 +68,10 @@ def write_cache(cache: Path, tensors: dict[str, Tensor], file_sizes: dict[str, i
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _load(path: Path, dtype: str) -> Tensor:
-    array = np.load(path, mmap_mode="c", allow_pickle=False)  # copy on write: torch wants writable
+def _load(cache: Path, file: str, dtype: str) -> Tensor:
+    if Path(file).name != file:
+        raise ValueError(f"{file!r} is not a file of the cache")
+    # Copy on write: torch wants writable memory.
+    array = np.load(cache / file, mmap_mode="c", allow_pickle=False)
     tensor = torch.from_numpy(array)
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor

@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from frontend.launcher import Launch
 from ipc.config import EngineConfig
 from ipc.errors import ExitCode
@@ -62,16 +64,34 @@ class ApiProcess:
 
 
 def spawn(arguments: Sequence[str]) -> ApiProcess:
-    """Start an API process with these flags."""
+    """Start an API process with these flags.
+
+    They go through memory that only the two processes share, as API keys may be among them:
+    command lines are everybody's to read.
+    """
     death_read, death_write = os.pipe()
-    process = subprocess.Popen(
-        python_command("frontend", *arguments, "--death-fd", str(death_read)),
-        pass_fds=(death_read,),
-        env=child_environment(),
-        process_group=0,  # so that the terminal's Ctrl-C reaches the process in front alone
-    )
+    with os.fdopen(os.memfd_create("arguments"), "wb") as file:
+        file.write(msgspec.json.encode(list(arguments)))
+        file.flush()
+        process = subprocess.Popen(
+            python_command(
+                "frontend",
+                *("--arguments-fd", str(file.fileno())),
+                *("--death-fd", str(death_read)),
+            ),
+            pass_fds=(file.fileno(), death_read),
+            env=child_environment(),
+            process_group=0,  # so that the terminal's Ctrl-C reaches the process in front alone
+        )
     os.close(death_read)
     return ApiProcess(process, os.pidfd_open(process.pid), death_write, time.monotonic())
+
+
+def read_arguments(descriptor: int) -> list[str]:
+    """The flags that ``spawn`` passed on."""
+    with os.fdopen(descriptor, "rb") as file:
+        file.seek(0)
+        return msgspec.json.decode(file.read(), type=list[str])
 
 
 class ApiProcessGroup:

@@ -82,7 +82,10 @@ def build_app(
     app.add_middleware(QuickRefusal, state=state)
     if state.options.api_keys:
         app.add_middleware(
-            Authentication, api_keys=state.options.api_keys, root_path=state.options.root_path
+            Authentication,
+            api_keys=state.options.api_keys,
+            root_path=state.options.root_path,
+            shares_prefixes=state.options.share_cached_prefixes,
         )
     cors = cors or CorsOptions()
     app.add_middleware(

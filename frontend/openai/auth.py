@@ -22,11 +22,22 @@ class Authentication:
     says nothing about how close a guess was.
     """
 
-    def __init__(self, app: ASGIApp, api_keys: Sequence[str], root_path: str = "") -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        api_keys: Sequence[str],
+        root_path: str = "",
+        *,
+        shares_prefixes: bool = False,
+    ) -> None:
+        """``shares_prefixes``: what one key's requests left in the cache may serve another's."""
         self._app = app
         self._root_path = root_path.rstrip("/")
         self._digests = [_digest(key.encode()) for key in api_keys]
         self._has_tenants = len(self._digests) > 1
+        self._salts: dict[bytes, str] = {}
+        if not shares_prefixes:
+            self._salts = {digest: _salt(digest) for digest in self._digests}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse with 401, or pass on, with the tenant's name where there are several."""
@@ -38,6 +49,8 @@ class Authentication:
             notes = scope.setdefault("state", {})
             notes["tenant"] = digest.hex()[:32]
             notes["tenant_index"] = 1 + self._digests.index(digest)  # 0 is nobody
+        if digest in self._salts:
+            scope.setdefault("state", {})["key_salt"] = self._salts[digest]
         if digest is not None or self._is_open(scope):
             await self._app(scope, receive, send)
         elif scope["type"] == "websocket":
@@ -70,3 +83,8 @@ class Authentication:
 
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
+
+
+def _salt(digest: bytes) -> str:
+    """The cache salt of a key: tells nothing of the key, nor of what keys are compared by."""
+    return hashlib.sha256(b"cache salt of " + digest).hexdigest()

@@ -110,7 +110,7 @@ async def chat_prompt(state: ServerState, body: ChatCompletionRequest | Tokenize
             "chat_template in a request is off; --trust-request-chat-template turns it on",
             param="chat_template",
         )
-    async with state.template_slots:
+    async with state.template_slot():
         return await render_untrusted(template, body.messages or [], options | kwargs)
 
 

@@ -24,7 +24,6 @@ from frontend.openai.generation import (
 from frontend.openai.linger import EventIds, Origin, make_linger
 from frontend.openai.logprobs import CompletionLogprobs, Position, prompt_logprobs_body
 from frontend.openai.protocol import (
-    MAX_BRANCHES_PER_BODY,
     CompletionRequest,
     prompts_of,
     refuse_unserved,
@@ -42,6 +41,7 @@ from frontend.openai.sse import (
 )
 from frontend.openai.state import COMPLETION_DEFAULTS, ServerState
 from frontend.outputs import CompletionOutput, RequestOutput
+from ipc.caps import MAX_BRANCHES_PER_BODY
 from ipc.errors import RequestError
 
 if TYPE_CHECKING:

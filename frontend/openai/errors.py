@@ -4,6 +4,7 @@ Each body carries the nested form of today's SDKs and, beside it, the flat keys 
 """
 
 import logging
+import re
 from math import ceil
 from typing import Any
 
@@ -49,6 +50,9 @@ class ClientGoneError(Exception):
     """The client closed its connection; nobody reads the answer."""
 
 
+_ADDRESS = re.compile(r"\b0[xX][0-9a-fA-F]{4,}\b")
+_PLACE = re.compile(r"\b(?:ipc|tcp|file|inproc)://[^\s'\"]+|(?<![\w/])~?/[\w.+@-]+/[^\s'\"]*")
+
 # First match wins, so subclasses stand before their parents.
 STATUSES: tuple[tuple[type[Exception], int, str], ...] = (
     (NotFoundError, 404, "NotFoundError"),
@@ -72,8 +76,20 @@ def error_body(error: Exception) -> tuple[int, dict[str, Any]]:
     """The status of an exception and its JSON body. An unknown one says nothing of its inside."""
     for kind, status, name in STATUSES:
         if isinstance(error, kind):
-            return status, _body(status, name, str(error), getattr(error, "param", None))
+            return status, _body(status, name, public_text(error), getattr(error, "param", None))
     return 500, _body(500, "InternalServerError", "internal server error", None)
+
+
+def public_text(error: Exception) -> str:
+    """What a client may read of an exception: a sentence, and nothing about this machine.
+
+    No address in memory, which helps attacks on it; and of an error that is not the client's own
+    fault, no path, no socket's name and no stack.
+    """
+    text = str(error)
+    if not isinstance(error, RequestError):
+        text = _PLACE.sub("(a path)", text.split("\n", 1)[0])
+    return _ADDRESS.sub("(an address)", text)
 
 
 def error_response(error: Exception) -> Response:

@@ -1,6 +1,7 @@
 """From a checked body to the engine's streams, and back to usage: what both APIs share."""
 
 import asyncio
+import hmac
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,16 +16,16 @@ from frontend.openai.errors import (
     MediaTypeError,
     TooLargeError,
 )
-from frontend.openai.protocol import Body, Prompt, Tuning, check_plain, decode_body
+from frontend.openai.protocol import Body, Prompt, Tuning, check_names, decode_body
 from frontend.openai.request_limits import NO_LIMITS, RequestLimits, read_limits
 from frontend.openai.sse import TextShortcut, first_error
 from frontend.openai.state import ServerState
 from frontend.outputs import RequestOutput
+from ipc.caps import MAX_BODY_BYTES
 from ipc.errors import EngineGenerateError, RequestError
 from ipc.messages import Linger
 from ipc.sampling_params import SamplingParams
 
-MAX_BODY_BYTES = 32 << 20
 BODY_TIMEOUT_S = 30.0
 
 T = TypeVar("T")
@@ -78,7 +79,7 @@ async def _read_bounded(request: Request) -> bytes:
     received = 0
     while True:
         if max(size, received) > MAX_BODY_BYTES:
-            raise TooLargeError(f"the body is above {MAX_BODY_BYTES} bytes")
+            raise TooLargeError(f"body: above the cap of {MAX_BODY_BYTES} bytes", param="body")
         message = await request.receive()
         if message["type"] == "http.disconnect":
             raise ClientGoneError("the client left while sending its body")
@@ -97,16 +98,14 @@ def make_jobs(
 ) -> list[Job]:
     """One job per prompt, with ids that nobody can guess.
 
-    With several API keys, only requests of one key use one another's prefixes, so that response
-    times tell nobody what others asked.
+    Only requests of one API key use one another's prefixes, unless the server is told to share
+    them: response times tell nobody what others asked, not even through another server of the
+    same engine.
     """
-    check_plain("request_id", body.request_id)
-    check_plain("cache_salt", body.cache_salt)
-    check_plain("user", body.user)
+    check_names(body)
     if body.request_id is not None:
         request.state.request_id = body.request_id  # echoed in a header, used for nothing else
-    tenant = getattr(request.state, "tenant", None)
-    salts = [salt for salt in (tenant, body.cache_salt) if salt is not None]
+    cache_salt = join_salts(getattr(request.state, "key_salt", None), body.cache_salt)
     limits = read_limits(request)
     group = secrets.token_hex(16)
     add_special_tokens = getattr(body, "add_special_tokens", True)
@@ -116,13 +115,20 @@ def make_jobs(
             prompt=prompt,
             params=params,
             priority=body.priority or 0,
-            cache_salt=":".join(salts) or None,
+            cache_salt=cache_salt,
             add_special_tokens=True if add_special_tokens is None else add_special_tokens,
             field_names=field_names,
             limits=limits,
         )
         for i, prompt in enumerate(prompts)
     ]
+
+
+def join_salts(key_salt: str | None, own_salt: str | None) -> str | None:
+    """One salt for both: of a fixed length, and no salt of a client's makes another key's."""
+    if key_salt is None or own_salt is None:
+        return key_salt or own_salt
+    return hmac.digest(key_salt.encode(), own_salt.encode(), "sha256").hex()
 
 
 async def consume(

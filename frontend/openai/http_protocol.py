@@ -11,14 +11,15 @@ extension ``DIRECT_BODY`` of its scope.
 import asyncio
 from typing import Any
 
+import msgspec
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from frontend.openai.connections import DEFAULT_MAX_CONNECTIONS, ConnectionTable
+from ipc.caps import MAX_HEAD_BYTES
 
 DIRECT_BODY = "heliograph.direct_body"
 
-MAX_HEAD_BYTES = 32 << 10
 HEAD_TIMEOUT_S = 30.0
 STALLED_WRITE_TIMEOUT_S = 30.0
 MIN_READ_BYTES = 32 << 10  # in that time; a client that reads less has stopped
@@ -177,9 +178,13 @@ class BoundedHttpProtocol(HttpToolsProtocol):
     def _refuse_head(self) -> None:
         if self.transport.is_closing():
             return
+        sentence = f"headers: above the cap of {MAX_HEAD_BYTES} bytes"
+        body = msgspec.json.encode(
+            {"error": {"message": sentence, "param": "headers", "code": 431}}
+        )
         self.transport.write(
-            b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
-            b"content-length: 0\r\nconnection: close\r\n\r\n"
+            b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\n"
+            b"content-length: %d\r\nconnection: close\r\n\r\n%b" % (len(body), body)
         )
         self._stop_timers()
         self.transport.close()

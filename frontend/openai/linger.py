@@ -23,10 +23,9 @@ from frontend.openai.protocol import (
     streams_deltas,
 )
 from frontend.outputs import CompletionOutput
+from ipc.caps import MAX_BRANCHES, MAX_PRESENTATION_BYTES
 from ipc.errors import RequestError
 from ipc.messages import Linger
-
-MAX_CHOICES = 128
 
 # Fields that only matter before the engine has the request; some of them are large.
 _PROMPT_FIELDS = {
@@ -103,8 +102,13 @@ def make_linger(request: Request, body: Tuning, origin: Origin) -> Linger | None
     }
     is_chat = isinstance(body, ChatCompletionRequest)
     presentation = Presentation(is_chat, origin.response_id, origin.created, fields)
-    name = stream_name(request, origin.response_id)
-    return Linger(name, body.linger_s, msgspec.msgpack.encode(presentation))
+    encoded = msgspec.msgpack.encode(presentation)
+    if len(encoded) > MAX_PRESENTATION_BYTES:
+        raise RequestError(
+            f"linger_s: the body without its prompt is above {MAX_PRESENTATION_BYTES} bytes",
+            "linger_s",
+        )
+    return Linger(stream_name(request, origin.response_id), body.linger_s, encoded)
 
 
 def stream_name(request: Request, response_id: str) -> str:
@@ -128,7 +132,7 @@ def parse_event_id(text: str | None) -> list[int] | None:
     if not text:
         return None
     counts = text.split(",")
-    if len(counts) > MAX_CHOICES or not all(c.isascii() and c.isdigit() for c in counts):
+    if len(counts) > MAX_BRANCHES or not all(c.isascii() and c.isdigit() for c in counts):
         raise RequestError("after must be the id of the last event, like 12 or 12,9", "after")
     found = [int(count[:10]) for count in counts]
     if max(found) >= 2**31:

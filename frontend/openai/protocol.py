@@ -10,22 +10,40 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 from msgspec import Meta
 
+from ipc.caps import (
+    MAX_BRANCHES,
+    MAX_DOCUMENTS,
+    MAX_ID_CHARS,
+    MAX_LINGER_S,
+    MAX_LIST_ENTRIES,
+    MAX_LOGPROBS,
+    MAX_MESSAGES,
+    MAX_PLAIN_TOKEN_IDS,
+    MAX_PROMPTS,
+    MAX_STOP_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_TOOLS,
+    MAX_TOOLS_BYTES,
+    MAX_WORD_CHARS,
+)
 from ipc.errors import RequestError, UnsupportedError
 from ipc.sampling_params import RequestOutputKind, SamplingParams
-
-MAX_BRANCHES_PER_BODY = 4096  # prompts times best_of
-MAX_TOOLS_BYTES = 1 << 20
-MAX_LINGER_S = 600.0
 
 Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
-Branches = Annotated[int, Meta(ge=1, le=128)]
-Short = Annotated[str, Meta(max_length=256)]
-Words = Annotated[list[Annotated[str, Meta(min_length=1, max_length=256)]], Meta(max_length=1024)]
-Stops = Annotated[list[Short], Meta(max_length=16)]
-TokenIds = Annotated[list[TokenId], Meta(max_length=1024)]
+Branches = Annotated[int, Meta(ge=1, le=MAX_BRANCHES)]
+Short = Annotated[str, Meta(max_length=MAX_ID_CHARS)]
+Stop = Annotated[str, Meta(max_length=MAX_STOP_CHARS)]
+Stops = Annotated[list[Stop], Meta(max_length=MAX_STOP_STRINGS)]
+Word = Annotated[str, Meta(min_length=1, max_length=MAX_WORD_CHARS)]
+Words = Annotated[list[Word], Meta(max_length=MAX_LIST_ENTRIES)]
+TokenIds = Annotated[list[TokenId], Meta(max_length=MAX_LIST_ENTRIES)]
+ManyTokenIds = Annotated[list[TokenId], Meta(max_length=MAX_PLAIN_TOKEN_IDS)]
+Logprobs = Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)]
 JsonObject = dict[str, Any]
+Messages = Annotated[list[JsonObject], Meta(min_length=1, max_length=MAX_MESSAGES)]
+Tools = Annotated[list[JsonObject], Meta(max_length=MAX_TOOLS)]
 
 
 class StreamOptions(msgspec.Struct):
@@ -49,7 +67,7 @@ class Tuning(msgspec.Struct, kw_only=True):
     top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
     min_p: float | None = None
     seed: Int64 | None = None
-    stop: Annotated[str, Meta(max_length=256)] | Stops | None = None
+    stop: Stop | Stops | None = None
     stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool | None = False
     ignore_eos: bool | None = False
@@ -58,16 +76,16 @@ class Tuning(msgspec.Struct, kw_only=True):
     skip_special_tokens: bool | None = True
     spaces_between_special_tokens: bool | None = True
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
-    logit_bias: Annotated[dict[str, float], Meta(max_length=1024)] | None = None
-    allowed_token_ids: Annotated[list[TokenId], Meta(max_length=1 << 20)] | None = None
+    logit_bias: Annotated[dict[str, float], Meta(max_length=MAX_LIST_ENTRIES)] | None = None
+    allowed_token_ids: ManyTokenIds | None = None
     bad_words: Words | None = None
-    prompt_logprobs: Annotated[int, Meta(ge=-1, le=20)] | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=-1, le=MAX_LOGPROBS)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     user: Short | None = None
     request_id: Short | None = None
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)] | None = 0
-    cache_salt: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=MAX_ID_CHARS)] | None = None
     return_tokens_as_token_ids: bool | None = False
     return_token_ids: bool | None = False
     echo: bool | None = False
@@ -94,7 +112,7 @@ class CompletionRequest(Tuning, kw_only=True):
     prompt: str | Annotated[list[str | int | list[TokenId]], Meta(min_length=1)]
     suffix: str | None = None
     max_tokens: Count | None = 16
-    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    logprobs: Logprobs | None = None
     add_special_tokens: bool | None = True
     prompt_embeds: Any = None
 
@@ -102,17 +120,17 @@ class CompletionRequest(Tuning, kw_only=True):
 class ChatCompletionRequest(Tuning, kw_only=True):
     """Body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[JsonObject], Meta(min_length=1, max_length=4096)]
+    messages: Messages
     logprobs: bool | None = False
-    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    top_logprobs: Logprobs | None = None
     max_completion_tokens: Count | None = None
     add_generation_prompt: bool | None = True
     continue_final_message: bool | None = False
     add_special_tokens: bool | None = False
     chat_template: str | None = None
     chat_template_kwargs: JsonObject | None = None
-    documents: Annotated[list[JsonObject], Meta(max_length=1024)] | None = None
-    tools: Annotated[list[JsonObject], Meta(max_length=128)] | None = None
+    documents: Annotated[list[JsonObject], Meta(max_length=MAX_DOCUMENTS)] | None = None
+    tools: Tools | None = None
     tool_choice: str | JsonObject | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
@@ -125,20 +143,20 @@ class TokenizeRequest(msgspec.Struct, kw_only=True):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[JsonObject], Meta(min_length=1, max_length=4096)] | None = None
+    messages: Messages | None = None
     add_special_tokens: bool | None = None  # None: True for a prompt, False for messages
     return_token_strs: bool | None = False
     add_generation_prompt: bool | None = True
     continue_final_message: bool | None = False
     chat_template: str | None = None
     chat_template_kwargs: JsonObject | None = None
-    tools: Annotated[list[JsonObject], Meta(max_length=128)] | None = None
+    tools: Tools | None = None
 
 
 class DetokenizeRequest(msgspec.Struct, kw_only=True):
     """Body of POST /detokenize."""
 
-    tokens: Annotated[list[TokenId], Meta(max_length=1 << 20)]
+    tokens: ManyTokenIds
     model: str | None = None
 
 
@@ -201,7 +219,7 @@ def prompts_of(prompt: str | list[Any]) -> list[Prompt]:
     """The prompts in the four forms: text, texts, token ids, lists of token ids.
 
     Raises:
-        RequestError: forms are mixed, a prompt is empty, or there are more than 2048.
+        RequestError: forms are mixed, a prompt is empty, or there are too many.
     """
     if isinstance(prompt, str):
         return [prompt]
@@ -215,8 +233,10 @@ def prompts_of(prompt: str | list[Any]) -> list[Prompt]:
             "prompt must be text, a list of texts, a list of token ids, or a list of such lists",
             param="prompt",
         )
-    if len(prompt) > 2048:
-        raise RequestError(f"prompt holds {len(prompt)} prompts; the cap is 2048", param="prompt")
+    if len(prompt) > MAX_PROMPTS:
+        raise RequestError(
+            f"prompt holds {len(prompt)} prompts; the cap is {MAX_PROMPTS}", param="prompt"
+        )
     if kinds == {list} and not all(prompt):
         raise RequestError("prompt holds an empty list of token ids", param="prompt")
     return list(prompt)
@@ -270,8 +290,7 @@ def constraint_kinds(body: Tuning) -> list[str]:
 
 
 def _refuse_tool_calls(body: ChatCompletionRequest) -> None:
-    if body.tools and len(_encode(body.tools)) > MAX_TOOLS_BYTES:
-        raise RequestError(f"tools are above {MAX_TOOLS_BYTES} bytes", param="tools")
+    check_tools(body.tools)
     if not body.tools:
         if body.tool_choice not in (None, "none", "auto"):
             raise RequestError("tool_choice needs tools", param="tool_choice")
@@ -281,6 +300,13 @@ def _refuse_tool_calls(body: ChatCompletionRequest) -> None:
             "tools are shown to the model, and it answers in text",
             param="tools",
         )
+
+
+def check_tools(tools: list[JsonObject] | None) -> None:
+    """Refuse descriptions of tools that are larger together than their cap."""
+    size = len(_encode(tools)) if tools else 0
+    if size > MAX_TOOLS_BYTES:
+        raise RequestError(f"tools are {size} bytes; the cap is {MAX_TOOLS_BYTES}", param="tools")
 
 
 def sampling_params(
@@ -349,10 +375,14 @@ def _token_biases(biases: dict[str, float] | None) -> dict[int, float] | None:
     return token_biases
 
 
-def check_plain(name: str, value: str | None) -> None:
-    """Refuse ids that hold anything but printable ASCII: they go into headers and logs."""
-    if value is not None and not (value.isascii() and value.isprintable()):
-        raise RequestError(f"{name} must be printable ASCII", param=name)
+def check_names(body: Tuning) -> None:
+    """Refuse names that hold more than printable characters, or what a header cannot carry."""
+    for name in ("request_id", "cache_salt", "user"):
+        value = getattr(body, name)
+        if value is not None and not value.isprintable():
+            raise RequestError(f"{name} must hold printable characters only", param=name)
+    if body.request_id is not None and not body.request_id.isascii():
+        raise RequestError("request_id must be printable ASCII", param="request_id")
 
 
 def openapi_schema(kind: type[msgspec.Struct]) -> tuple[dict[str, Any], dict[str, Any]]:

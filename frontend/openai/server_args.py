@@ -5,6 +5,7 @@ Everything that can be refused without an engine is refused here, before one is 
 
 import argparse
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from frontend.openai.server import ListenOptions
 from frontend.openai.state import ServerOptions
 from frontend.openai.user_middleware import load_middleware
 from ipc.errors import ConfigError
+from ipc.processes import KEY_VARIABLE
+
+logger = logging.getLogger(__name__)
 
 MIN_KEY_WEIGHT, MAX_KEY_WEIGHT = 0.001, 1000.0
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical", "trace")
@@ -24,6 +28,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error", "critical", "trace")
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the HTTP server."""
     _add_process_flags(parser)
+    _add_key_flags(parser)
     _add_limit_flags(parser)
     _add_answer_flags(parser)
     _add_cors_flags(parser)
@@ -41,13 +46,6 @@ def _add_process_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--uds", metavar="PATH", help="listen on a Unix socket instead of a port")
     add("--root-path", default="", help="path prefix behind a proxy")
-    add(
-        "--api-key",
-        action="append",
-        metavar="KEY",
-        help="key that requests must bear; may be given several times; the environment variable "
-        "VLLM_API_KEY gives one too",
-    )
     add(
         "--middleware",
         action="append",
@@ -78,6 +76,7 @@ def _add_process_flags(parser: argparse.ArgumentParser) -> None:
     )
     # What an API process among several is told by the one that started it.
     add("--death-fd", type=int, help=argparse.SUPPRESS)
+    add("--arguments-fd", type=int, help=argparse.SUPPRESS)
     add("--shared-metrics", type=Path, metavar="DIR", help=argparse.SUPPRESS)
 
 
@@ -112,6 +111,30 @@ def _add_limit_flags(parser: argparse.ArgumentParser) -> None:
         default=30.0,
         metavar="SECONDS",
         help="how long open requests may go on after a signal to stop; default %(default)s",
+    )
+
+
+def _add_key_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("who may ask").add_argument
+    add(
+        "--api-key",
+        action="append",
+        metavar="KEY",
+        help="key that requests must bear; may be given several times; the environment variable "
+        f"{KEY_VARIABLE} gives one too",
+    )
+    add(
+        "--api-key-file",
+        action="append",
+        metavar="FILE",
+        help="file with one key per line, which process listings do not show; # starts a comment; "
+        "may be given several times",
+    )
+    add(
+        "--share-cached-prefixes",
+        action="store_true",
+        help="let requests of one API key use prefixes that those of another left in the cache; "
+        "without, response times tell nobody what others asked",
     )
 
 
@@ -180,14 +203,15 @@ def server_options(args: argparse.Namespace, environment: Mapping[str, str]) -> 
     """How the server answers.
 
     Raises:
-        ConfigError: a chat template that cannot be used, or a feature this version lacks.
+        ConfigError: a chat template or a file of keys that cannot be used, or a feature this
+            version lacks.
     """
     if args.lora_modules:
         raise ConfigError("--lora-modules: LoRA adapters are not supported by this version")
     root_path = args.root_path or ""
     if root_path and not root_path.startswith("/"):
         raise ConfigError(f"--root-path must begin with a slash, got {root_path!r}")
-    keys = [*(args.api_key or ()), environment.get("VLLM_API_KEY", "")]
+    keys = [*(args.api_key or ()), *_keys_of_files(args), environment.get(KEY_VARIABLE, "")]
     api_keys = tuple(dict.fromkeys(key for key in keys if key))
     weights = tuple(args.api_key_weights or ())
     if weights:
@@ -204,6 +228,7 @@ def server_options(args: argparse.Namespace, environment: Mapping[str, str]) -> 
         api_keys=api_keys,
         api_key_weights=weights,
         max_request_timeout=args.max_request_timeout,
+        share_cached_prefixes=args.share_cached_prefixes,
         root_path=root_path.rstrip("/"),
     )
 
@@ -262,6 +287,29 @@ def listen_options(args: argparse.Namespace) -> ListenOptions:
         cors=cors,
         middleware=tuple(load_middleware(path) for path in args.middleware),
     )
+
+
+def _keys_of_files(args: argparse.Namespace) -> list[str]:
+    """The keys in the files that ``--api-key-file`` names.
+
+    Raises:
+        ConfigError: a file cannot be read, or holds no key.
+    """
+    keys: list[str] = []
+    for name in args.api_key_file or ():
+        path = Path(name)
+        try:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            is_private = not path.stat().st_mode & 0o077
+        except (OSError, ValueError) as err:
+            raise ConfigError(f"--api-key-file {name}: cannot be read: {err}") from err
+        found = [line for line in lines if line and not line.startswith("#")]
+        if not found:
+            raise ConfigError(f"--api-key-file {name}: holds no key")
+        if not is_private:
+            logger.warning("--api-key-file %s: others can read it; run chmod 600 on it", name)
+        keys += found
+    return keys
 
 
 def _json_strings(text: str) -> tuple[str, ...]:

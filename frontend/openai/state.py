@@ -1,6 +1,8 @@
 """What all handlers of one server share: the engine, the names it answers to, and its defaults."""
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +10,7 @@ from frontend.chat_template import template_of_tokenizer
 from frontend.openai.errors import DrainingError, NotFoundError
 from frontend.openai.lingerers import Lingerers
 from ipc.config import ModelConfig
-from ipc.errors import ConfigError, RequestError
+from ipc.errors import ConfigError, EngineOverloadedError, RequestError
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from frontend.tokenizer import Tokenizer
 
 MAX_TEMPLATE_PROCESSES = 4
+MAX_WAITING_TEMPLATES = 64  # more than these are refused: each may take seconds
 CHAT_TEMPERATURE = 0.7  # where the checkpoint's generation config sets none
 CHAT_DEFAULTS = {
     "temperature": CHAT_TEMPERATURE,
@@ -38,9 +41,10 @@ class ServerOptions:
     trust_request_chat_template: bool = False
     generation_config: str = "auto"  # "auto": the checkpoint's; "vllm": the API's own defaults
     strict_fields: bool = False
-    api_keys: tuple[str, ...] = ()
+    api_keys: tuple[str, ...] = field(default=(), repr=False)
     api_key_weights: tuple[float, ...] = ()  # one for each key; empty: all the same
     max_request_timeout: float | None = None  # seconds that any request may take
+    share_cached_prefixes: bool = False
     root_path: str = ""
 
 
@@ -68,6 +72,7 @@ class ServerState:
     template_slots: asyncio.Semaphore = field(
         default_factory=lambda: asyncio.Semaphore(MAX_TEMPLATE_PROCESSES)
     )
+    num_templates: int = 0  # of requests, that render or wait for it
 
     @property
     def model_name(self) -> str:
@@ -96,6 +101,24 @@ class ServerState:
         if self.engine.errored:
             raise self.engine.dead_error
         self.engine.check_admission()
+
+    @contextlib.asynccontextmanager
+    async def template_slot(self) -> AsyncIterator[None]:
+        """Wait until a template that a request brought may be rendered.
+
+        Raises:
+            EngineOverloadedError: too many wait already.
+        """
+        if self.num_templates >= MAX_TEMPLATE_PROCESSES + MAX_WAITING_TEMPLATES:
+            raise EngineOverloadedError(
+                f"chat_template: {self.num_templates} templates of requests are being rendered"
+            )
+        self.num_templates += 1
+        try:
+            async with self.template_slots:
+                yield
+        finally:
+            self.num_templates -= 1
 
     def need_tokenizer(self) -> "Tokenizer":
         """The tokenizer.

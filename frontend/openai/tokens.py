@@ -7,7 +7,7 @@ from starlette.requests import Request
 
 from frontend.openai.chat import chat_prompt
 from frontend.openai.generation import read_body
-from frontend.openai.protocol import DetokenizeRequest, TokenizeRequest
+from frontend.openai.protocol import DetokenizeRequest, TokenizeRequest, check_tools
 from frontend.openai.state import ServerState
 from ipc.errors import RequestError
 
@@ -19,6 +19,7 @@ async def tokenize(state: ServerState, request: Request) -> dict[str, Any]:
     tokenizer = state.need_tokenizer()
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("send either prompt or messages", param="prompt")
+    check_tools(body.tools)
     text = body.prompt if body.prompt is not None else await chat_prompt(state, body)
     adds_special = body.add_special_tokens
     if adds_special is None:
@@ -41,10 +42,7 @@ async def detokenize(state: ServerState, request: Request) -> dict[str, Any]:
     state.check_model(body.model)
     tokenizer = state.need_tokenizer()
     size = tokenizer.vocab_size
-    for i, token_id in enumerate(body.tokens):
-        if token_id >= size:
-            raise RequestError(
-                f"tokens[{i}] is {token_id}; token ids are below {size}", param="tokens"
-            )
+    if (largest := max(body.tokens, default=0)) >= size:
+        raise RequestError(f"tokens holds {largest}; token ids are below {size}", param="tokens")
     text = await asyncio.to_thread(tokenizer.decode, body.tokens, skip_special_tokens=False)
     return {"prompt": text}

@@ -42,7 +42,14 @@ class Server:
     def api_pids(self) -> list[int]:
         """The API processes that run now."""
         children = psutil.Process(self.process.pid).children()
-        return [child.pid for child in children if "--shared-metrics" in child.cmdline()]
+        return [child.pid for child in children if "--arguments-fd" in child.cmdline()]
+
+    def status(self, path: str, key: str) -> int:
+        """The status of a GET with an API key."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=10)
+        with contextlib.closing(connection):
+            connection.request("GET", path, headers={"Authorization": f"Bearer {key}"})
+            return connection.getresponse().status
 
     def get(self, path: str) -> str:
         """The body of a GET, by a connection of its own."""
@@ -213,6 +220,26 @@ def test_the_api_processes_end_with_the_process_in_front() -> None:
         server.process.kill()
         server.process.wait()
     assert_nothing_left(before)
+
+
+def test_api_keys_are_in_no_command_line_and_no_environment_of_a_child() -> None:
+    keys = {"given": "planted-key-of-a-flag", "set": "planted-key-of-the-environment"}
+    os.environ["VLLM_API_KEY"] = keys["set"]
+    try:
+        with (
+            scripted_engine() as address,
+            serving("--attach", address, "--api-key", keys["given"]) as server,
+        ):
+            children = psutil.Process(server.process.pid).children(recursive=True)
+            assert len(children) == NUM_PROCESSES
+            for child in children:
+                shown = f"{child.cmdline()} {child.environ()}"
+                assert not [key for key in keys.values() if key in shown]
+            for key, status in ((keys["given"], 200), (keys["set"], 200), ("x", 401)):
+                for _ in range(2 * NUM_PROCESSES):
+                    assert server.status("/v1/models", key) == status
+    finally:
+        del os.environ["VLLM_API_KEY"]
 
 
 def test_a_port_in_use_is_known_before_anything_is_started() -> None:

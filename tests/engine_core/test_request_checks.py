@@ -39,6 +39,9 @@ LIMITS = RequestLimits(
         pytest.param({"allowed_token_ids": [99]}, "allowed_token_ids", id="allowed off vocabulary"),
         pytest.param({"allowed_token_ids": [1] * 62}, "may hold 61", id="too many allowed"),
         pytest.param({"bad_words_token_ids": [[1]] * 2049}, "bad_words may", id="bad words"),
+        pytest.param(
+            {"bad_words_token_ids": [[1] * 1029]}, "words of 1028 tokens", id="a long bad word"
+        ),
         pytest.param({"cache_salt": "x" * 257}, "cache_salt must have", id="long salt"),
         pytest.param({"cache_salt": ""}, "cache_salt must have", id="empty salt"),
         pytest.param({"cache_salt": "a\0b"}, "not printable", id="salt with NUL"),
@@ -83,6 +86,7 @@ def test_a_feature_that_does_not_exist_is_refused_as_such(fields: dict[str, Any]
         pytest.param({"stop": ["x" * 256] * 16}, id="stop strings"),
         pytest.param({"stop_token_ids": [1] * 2048}, id="stop tokens"),
         pytest.param({"bad_words_token_ids": [[1, 2, 3]] * 2048}, id="bad words"),
+        pytest.param({"bad_words_token_ids": [[1] * 1028]}, id="a long bad word"),
         pytest.param({"prompt": [0, 60]}, id="token ids"),
         pytest.param({"stop_token_ids": [10**6]}, id="a stop token that can never be sampled"),
     ],
@@ -90,3 +94,21 @@ def test_a_feature_that_does_not_exist_is_refused_as_such(fields: dict[str, Any]
 def test_a_request_at_its_limits_is_served(fields: dict[str, Any]) -> None:
     request = make_request(fields.pop("req_id", "r"), fields.pop("prompt", 4), **fields)
     check_request(request, LIMITS)
+
+
+def test_log_probabilities_of_a_prompt_have_a_budget_that_its_length_uses_up() -> None:
+    limits = RequestLimits(
+        vocab_size=2**16, max_model_len=200, max_logprobs=-1, num_usable_blocks=99, block_size=8
+    )
+    check_request(make_request("r", 63, prompt_logprobs=-1), limits)  # 63 * (2**16 + 1) < 2**22
+    check_request(make_request("r", 190, prompt_logprobs=20), limits)
+    with pytest.raises(RequestError, match=r"the cap is 4194304") as caught:
+        check_request(make_request("r", 64, prompt_logprobs=-1), limits)
+    assert caught.value.param == "prompt_logprobs"
+
+
+@pytest.mark.parametrize("field", ["n", "best_of"])
+def test_the_field_with_too_many_branches_is_named(field: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        check_request(make_request("r", **{field: 129}), LIMITS)
+    assert caught.value.param == field

@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from frontend.inputs import NewRequest, PromptTooLongError, SeedSource
 from frontend.lora_request import LoRARequest
 from frontend.pooling_params import PoolingParams
+from ipc.caps import MAX_PROMPT_LOGPROBS
 from ipc.errors import RequestError, UnsupportedError
 from ipc.messages import AddRequest, encoder
 from ipc.sampling_params import SamplingParams, StructuredOutputsParams
@@ -193,6 +195,7 @@ def test_a_salt_and_a_priority_travel() -> None:
         pytest.param("a", {"logit_bias": dict.fromkeys(range(1025), 1.0)}, "logit_bias", id="bias"),
         pytest.param("a", {"allowed_token_ids": [VOCAB_SIZE]}, "allowed_token_ids", id="allowed"),
         pytest.param("a", {"bad_words": ["x"] * 1025}, "bad_words", id="bad words"),
+        pytest.param("a", {"bad_words": ["x" * 257]}, "bad_words", id="a long bad word"),
         pytest.param("a", {"truncate_prompt_tokens": 1001}, "truncate_prompt_tokens", id="keep"),
         pytest.param("a", {"min_tokens": 1000, "max_tokens": None}, "min_tokens", id="min_tokens"),
         pytest.param("a", {"logits_processors": [1]}, "logits_processors", id="not callable"),
@@ -292,3 +295,15 @@ def test_parameters_spoiled_after_they_were_made_are_refused() -> None:
     new.params.top_p = 2.0  # type: ignore[union-attr]
     with pytest.raises(RequestError, match="top_p"):
         make_inputs().admit(new)
+
+
+def test_log_probabilities_of_a_prompt_have_a_budget_that_its_length_uses_up() -> None:
+    num_tokens = MAX_PROMPT_LOGPROBS // (VOCAB_SIZE + 1)
+    limits = msgspec.structs.replace(
+        make_limits(), max_model_len=2 * num_tokens, num_gpu_blocks=num_tokens
+    )
+    inputs = make_inputs(limits, max_logprobs=-1, max_model_len=2 * num_tokens)
+    inputs.admit(make_request(prompt=[1] * num_tokens, prompt_logprobs=-1))
+    with pytest.raises(RequestError, match=f"the cap is {MAX_PROMPT_LOGPROBS}") as caught:
+        inputs.admit(make_request(prompt=[1] * (num_tokens + 1), prompt_logprobs=-1))
+    assert caught.value.param == "prompt_logprobs"

@@ -4,7 +4,15 @@ import argparse
 import sys
 import time
 
-from tests.fuzz import fuzz_engine_args, fuzz_frames, fuzz_http, fuzz_sampling_params
+from tests.fuzz import (
+    fuzz_config_json,
+    fuzz_engine_args,
+    fuzz_frames,
+    fuzz_http,
+    fuzz_metrics,
+    fuzz_safetensors,
+    fuzz_sampling_params,
+)
 from tests.fuzz.servers import running_server
 
 
@@ -19,6 +27,9 @@ FUZZERS = {
     "sampling-params": fuzz_sampling_params.fuzz,
     "engine-args": fuzz_engine_args.fuzz,
     "frames": fuzz_frames.fuzz,
+    "config-json": fuzz_config_json.fuzz,
+    "safetensors": fuzz_safetensors.fuzz,
+    "metrics": fuzz_metrics.fuzz,
 }
 
 

@@ -1,6 +1,13 @@
 """The fuzzers in their short form; `scripts/fuzz NAME --inputs 20000` runs them at full size."""
 
-from tests.fuzz import fuzz_engine_args, fuzz_frames, fuzz_http, fuzz_sampling_params
+from tests.fuzz import (
+    fuzz_config_json,
+    fuzz_engine_args,
+    fuzz_frames,
+    fuzz_http,
+    fuzz_safetensors,
+    fuzz_sampling_params,
+)
 from tests.fuzz.servers import running_server
 
 
@@ -30,3 +37,15 @@ def test_hostile_frames_on_every_socket_disturb_no_stream() -> None:
     counts = fuzz_frames.fuzz(300)
 
     assert counts["sockets"] >= 2
+
+
+def test_hostile_settings_files_are_a_model_or_a_configuration_error() -> None:
+    counts = fuzz_config_json.fuzz(300)
+
+    assert min(counts.values()) > 30
+
+
+def test_spoiled_safetensors_files_are_weights_or_a_start_error() -> None:
+    counts = fuzz_safetensors.fuzz(500)
+
+    assert min(counts.values()) > 10

@@ -1,11 +1,16 @@
 """Loading: every form of checkpoint, its faults by name, shards, dummies and digests."""
 
+import contextlib
 import json
+import os
+import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -155,6 +160,83 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     torch.save({"model.norm.weight": print}, tmp_path / "pytorch_model.bin")
     with pytest.raises(EngineStartError, match=r"pytorch_model\.bin"):
         load(tmp_path)
+
+
+class _Canary:
+    """Leaves a mark when it is unpickled without restraint."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.mark),))
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "plain pickle", "inside state_dict"])
+@pytest.mark.parametrize("load_format", ["auto", "pt", "npcache"])
+def test_the_canary_in_a_pickle_stays_silent(form: str, load_format: str, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "pt")
+    mark = tmp_path / "canary-ran"
+    state: dict[str, Any] = {"model.norm.weight": torch.ones(32), "x": _Canary(mark)}
+    file = tmp_path / "pytorch_model.bin"
+    if form == "plain pickle":
+        file.write_bytes(pickle.dumps(state, protocol=2))
+    else:
+        content = {"state_dict": state} if form == "inside state_dict" else state
+        torch.save(content, file, _use_new_zipfile_serialization=form != "legacy")
+    with pytest.raises(EngineStartError, match=r"pytorch_model\.bin"):
+        open_checkpoint(tmp_path, LoadConfig(load_format=load_format))
+    assert not mark.exists()
+    with contextlib.suppress(Exception):  # and it would sing
+        torch.load(file, weights_only=False)
+    assert mark.exists()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(lambda: torch.eye(3).to_sparse(), id="sparse"),
+        pytest.param(lambda: torch.eye(3).to_sparse_csr(), id="compressed rows"),
+        pytest.param(lambda: torch.empty(3, device="meta"), id="without values"),
+    ],
+)
+def test_a_tensor_that_is_not_plain_is_refused(make: Callable[[], Tensor], tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "pt")
+    torch.save({"model.norm.weight": make()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(EngineStartError, match=r"pytorch_model\.bin"):
+        open_checkpoint(tmp_path, LoadConfig())
+
+
+@pytest.mark.parametrize("file", ["../model.bin", "/etc/passwd", "a/b.safetensors", "..", "", "\0"])
+@pytest.mark.parametrize("index", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+def test_an_index_names_files_beside_it_only(index: str, file: str, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").rename(tmp_path / "model.bin")
+    (tmp_path / "m" / index).write_text(json.dumps({"weight_map": {"a": file}}))
+    with pytest.raises(EngineStartError, match="not a file beside it"):
+        open_checkpoint(tmp_path / "m", LoadConfig())
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        pytest.param({"files": {}, "tensors": {"a": ["../out.npy", "float32"]}}, id="outside"),
+        pytest.param({"files": {}, "tensors": {"a": ["object.npy", "object"]}}, id="objects"),
+        pytest.param({"files": {}, "tensors": 5}, id="no table"),
+    ],
+)
+def test_a_hostile_numpy_cache_is_refused(manifest: dict[str, Any], tmp_path: Path) -> None:
+    directory = tmp_path / "m"
+    cache = directory / "np-cache" / "m"
+    cache.mkdir(parents=True)
+    mark = tmp_path / "canary-ran"
+    np.save(cache.parent / "out.npy", np.ones(3))
+    np.save(cache / "object.npy", np.array([_Canary(mark)], dtype=object), allow_pickle=True)
+    (cache / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(EngineStartError, match="numpy cache"):
+        open_checkpoint(directory, LoadConfig(load_format="npcache"))
+    assert not mark.exists()
 
 
 def spoil(path: Path, weights: dict[str, Tensor], fault: str) -> None:

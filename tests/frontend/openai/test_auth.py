@@ -3,10 +3,11 @@
 import asyncio
 from typing import Any
 
+import httpx
 import pytest
 
 from frontend.openai.auth import OPEN_PATHS, Authentication
-from tests.frontend.openai.fake_engine import ask, complete, make_server
+from tests.frontend.openai.fake_engine import FakeEngine, ask, complete, make_server
 
 KEYS = ("first-key", "second-key")
 
@@ -128,10 +129,38 @@ def test_tenants_with_different_keys_never_share_cached_prefixes() -> None:
     salts = [call.options["cache_salt"] for call in engine.calls]
     assert salts[0] == salts[2] != salts[1]
     assert all(key not in salt for key in KEYS for salt in salts)
-    single, _, app = make_server(api_keys=KEYS[:1])
-    headers = {"authorization": "Bearer first-key"}
-    ask(app, "POST", "/v1/completions", json={"prompt": "Hi"}, headers=headers)
-    assert single.calls[0].options["cache_salt"] is None
+
+
+def salts_of(
+    app_keys: tuple[str, ...], key: str, *own_salts: str | None, **options: Any
+) -> list[Any]:
+    """The salts that requests of one key get, for each salt of their own."""
+    engine, _, app = make_server(api_keys=app_keys, **options)
+    for own in own_salts:
+        headers = {"authorization": f"Bearer {key}"}
+        body = {"prompt": "Hi"} | ({} if own is None else {"cache_salt": own})
+        assert ask(app, "POST", "/v1/completions", json=body, headers=headers).status_code == 200
+    return [call.options["cache_salt"] for call in engine.calls]
+
+
+def test_a_key_has_the_same_salt_on_every_server_and_other_keys_another() -> None:
+    # Several servers may be attached to one engine, each with one key.
+    alone = salts_of(("a",), "a", None)
+    assert alone == salts_of(("a", "b"), "a", None)
+    assert alone != salts_of(("b",), "b", None)
+    assert alone[0]
+
+
+def test_no_salt_of_a_client_reaches_the_prefixes_of_another_key() -> None:
+    (victim,) = salts_of(KEYS, KEYS[0], None)
+    guesses = (victim, "", f":{victim}", f"{victim}:", "x" * 256)
+    made = salts_of(KEYS, KEYS[1], *(guess or None for guess in guesses))
+    assert len({victim, *made}) == 1 + len(guesses)
+    assert all(1 <= len(salt) <= 256 for salt in made)
+
+
+def test_prefixes_are_shared_among_keys_when_asked() -> None:
+    assert salts_of(KEYS, KEYS[0], None, "s", share_cached_prefixes=True) == [None, "s"]
 
 
 @pytest.mark.parametrize(
@@ -150,3 +179,36 @@ def test_open_requests_are_counted_and_forgotten() -> None:
     assert complete(app).status_code == 200
     assert complete(app, max_tokens=-1).status_code == 400
     assert state.num_open == 0
+
+
+def test_a_thousand_requests_under_one_client_id_are_a_thousand_requests() -> None:
+    engine, _, app = make_server(FakeEngine(max_model_len=1000))
+
+    async def ask_all() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+            posts = [
+                client.post(
+                    "/v1/completions",
+                    json={"prompt": f"p{i}", "echo": True, "max_tokens": 1, "request_id": "same"},
+                    headers={"x-request-id": "same"},
+                )
+                for i in range(1000)
+            ]
+            return await asyncio.gather(*posts)
+
+    answers = asyncio.run(ask_all())
+    assert [a.json()["choices"][0]["text"] for a in answers] == [f"p{i}H" for i in range(1000)]
+    assert {a.headers["x-request-id"] for a in answers} == {"same"}
+    assert len({a.json()["id"] for a in answers}) == 1000
+    inner = {call.request_id for call in engine.calls}
+    assert len(inner) == 1000
+    assert not any("same" in req_id for req_id in inner)
+
+
+def test_no_route_aborts_what_others_asked() -> None:
+    engine, _, app = make_server(api_keys=KEYS)
+    headers = {"authorization": f"Bearer {KEYS[0]}"}
+    for method, path in sorted(paths_of(app)):
+        ask(app, method, path.replace("{name}", "x"), headers=headers, json={"rid": "", "id": "c"})
+    assert engine.aborted == []

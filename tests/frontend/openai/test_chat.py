@@ -1,9 +1,11 @@
 """POST /v1/chat/completions on a scripted engine: roles, templates, defaults, streams."""
 
+import asyncio
 from typing import Any
 
 import pytest
 
+from ipc.errors import EngineOverloadedError
 from tests.frontend.openai.fake_engine import FakeEngine, ask, chat, events, make_server
 
 HISTORY = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Once"}]
@@ -249,3 +251,30 @@ def test_what_the_engine_refuses_is_said_in_the_bodys_own_names() -> None:
     response = chat(app, messages=[{"role": "user", "content": "x" * 50}])
     assert response.status_code == 400
     assert response.json()["error"]["param"] == "messages"
+
+
+def test_templates_of_requests_wait_in_a_short_line() -> None:
+    _, state, _ = make_server(trust_request_chat_template=True)
+
+    async def crowd() -> list[str]:
+        release = asyncio.Event()
+        said = []
+
+        async def one() -> None:
+            try:
+                async with state.template_slot():
+                    await release.wait()
+                said.append("rendered")
+            except EngineOverloadedError:
+                said.append("refused")
+
+        tasks = [asyncio.create_task(one()) for _ in range(100)]
+        for _ in range(3):
+            await asyncio.sleep(0)
+        release.set()
+        await asyncio.gather(*tasks)
+        return said
+
+    said = asyncio.run(crowd())
+    assert (said.count("rendered"), said.count("refused")) == (68, 32)
+    assert state.num_templates == 0

@@ -13,12 +13,14 @@ from frontend.openai.errors import (
     DrainingError,
     error_body,
     error_response,
+    public_text,
 )
 from frontend.openai.generation import read_body
 from frontend.openai.protocol import CompletionRequest
 from ipc.errors import (
     ConfigError,
     EngineDeadError,
+    EngineGenerateError,
     EngineOverloadedError,
     RequestError,
     UnsupportedError,
@@ -73,3 +75,29 @@ def test_a_body_that_does_not_come_in_time_is_given_up(monkeypatch: pytest.Monke
     with pytest.raises(BodyTimeoutError) as caught:
         asyncio.run(read_body(request, CompletionRequest, state))
     assert error_response(caught.value).headers["connection"] == "close"
+
+
+@pytest.mark.parametrize(
+    "secret",
+    [
+        pytest.param("<Parser object at 0x7f3a2b1c0d10>", id="an address in memory"),
+        pytest.param("/srv/models/llama/config.json", id="a path"),
+        pytest.param("~/models/x", id="a path at home"),
+        pytest.param("ipc:///run/user/0/heliograph-17-ab/socket", id="a socket"),
+        pytest.param("tcp://10.0.0.7:4000", id="an inner host"),
+    ],
+)
+@pytest.mark.parametrize("kind", [EngineDeadError, EngineGenerateError, ValueError])
+def test_errors_tell_nothing_of_this_machine(kind: type[Exception], secret: str) -> None:
+    error = kind(f"worker 0 failed: cannot use '{secret}'\n  File \"/srv/x.py\", line 3")
+    _, body = error_body(error)
+    assert body["message"].startswith("worker 0 failed: cannot use ")
+    assert not any(part in str(body) for part in ("0x7f", "/srv", "heliograph-", "10.0.0.7", "~"))
+    assert "line 3" not in str(body)
+
+
+def test_a_clients_own_words_come_back_to_it_but_addresses_do_not() -> None:
+    error = RequestError("the model '/models/llama' does not exist; got <f at 0x7ffff00d>")
+    assert public_text(error) == (
+        "the model '/models/llama' does not exist; got <f at (an address)>"
+    )

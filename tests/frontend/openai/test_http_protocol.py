@@ -15,12 +15,12 @@ from frontend.openai.connections import ConnectionTable
 from frontend.openai.http_protocol import (
     DIRECT_BODY,
     HEAD_TIMEOUT_S,
-    MAX_HEAD_BYTES,
     MIN_READ_BYTES,
     STALLED_WRITE_TIMEOUT_S,
     BoundedHttpProtocol,
     DirectBody,
 )
+from ipc.caps import MAX_HEAD_BYTES
 
 REQUEST = b"POST /x HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\nabc"
 
@@ -148,6 +148,7 @@ def test_a_large_head_is_refused_before_it_is_complete_or_when_it_is(piece: int)
         if transport.ended_by is None:
             protocol.data_received(head[at : at + piece])
     assert transport.written.startswith(b"HTTP/1.1 431 ")
+    assert b"headers: above the cap of 32768 bytes" in transport.written
     assert transport.ended_by == "close"
     assert loop.num_tasks == 0
 

@@ -58,6 +58,7 @@ def test_flags_reach_their_options(tmp_path: Path) -> None:
     assert options.api_keys == ("one", "two", "three")
     assert options.api_key_weights == (1.0, 2.5, 3.0)
     assert (options.max_request_timeout, listen.max_connections) == (60.0, 99)
+    assert "two" not in repr(options)
     assert (options.chat_template, options.response_role) == ("{{ messages }}", "bot")
     assert (options.root_path, options.strict_fields) == ("/llm", True)
     assert args.max_log_len == 10
@@ -126,3 +127,35 @@ def test_the_model_is_the_flag_or_the_positional_or_the_bundled_one() -> None:
         assert args.model == model
     with pytest.raises(ConfigError, match="differ"):
         choose_model(parse("m", "--model", "n"))
+
+
+def test_keys_come_from_files_too_which_process_listings_do_not_show(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "keys"
+    path.write_text("# of the team\nfirst\n\n  second  \n")
+    path.chmod(0o600)
+    args = parse("--api-key-file", str(path), "--api-key", "third")
+    assert server_options(args, {}).api_keys == ("third", "first", "second")
+    assert not caplog.records
+    path.chmod(0o644)
+    server_options(args, {})
+    assert "others can read it" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        pytest.param(None, "cannot be read", id="no such file"),
+        pytest.param("# nothing\n\n", "holds no key", id="only comments"),
+        pytest.param(b"\xff\xfe", "cannot be read", id="no text"),
+    ],
+)
+def test_a_file_without_keys_is_refused_lest_a_server_stands_open(
+    content: str | bytes | None, words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "keys"
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=f"--api-key-file .*{words}"):
+        server_options(parse("--api-key-file", str(path)), {})
