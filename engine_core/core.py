@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from engine_core.block_hash import BlockHasher
 from engine_core.client_outputs import ClientOutputs, collect_outputs, last_words
 from engine_core.control import Control
+from engine_core.flight_record import FlightRecord
 from engine_core.headroom import AdapterLimit
 from engine_core.intake import Intake, make_limits
 from engine_core.kv_cache_manager import KVCacheManager
@@ -20,9 +21,10 @@ from engine_core.request import Request, RequestGroup
 from engine_core.request_checks import RequestLimits
 from engine_core.scheduler import Scheduler
 from engine_core.stats import scheduler_stats
+from engine_core.trial import Trial
 from executor.executor import Executor
 from ipc.config import EngineConfig
-from ipc.errors import EngineError, ProtocolError, RequestError
+from ipc.errors import EngineCrashError, EngineError, ProtocolError, RequestError
 from ipc.messages import (
     AddRequest,
     EngineOutput,
@@ -49,7 +51,13 @@ class EngineCore:
     """
 
     def __init__(
-        self, config: EngineConfig, executor: Executor, ready: WorkerReady, *, epoch: int = 0
+        self,
+        config: EngineConfig,
+        executor: Executor,
+        ready: WorkerReady,
+        *,
+        epoch: int = 0,
+        record: FlightRecord | None = None,
     ) -> None:
         scheduling, cache = config.scheduler_config, config.cache_config
         hasher = BlockHasher(os.urandom(32), cache.block_size)
@@ -75,6 +83,7 @@ class EngineCore:
             scheduling, kv_cache, vocab_size=ready.vocab_size, adapter_limit=adapter_limit
         )
         self._intake = Intake(scheduling, hasher, request_limits)
+        self._trial = Trial(self, record)
         self._executor = executor
         self._epoch = epoch
         self._groups: dict[bytes, dict[str, RequestGroup]] = {}
@@ -91,8 +100,9 @@ class EngineCore:
             logger.warning("request id %r came twice from one client: ignored", request.req_id)
             return
         try:
+            self._trial.check(request)
             group = self._intake.admit(client, request)
-        except RequestError as err:
+        except (RequestError, EngineCrashError) as err:
             refusal = EngineOutput(
                 request.req_id,
                 0,
@@ -109,7 +119,7 @@ class EngineCore:
                 self._tell(client, last_words(branch))  # its last output was lost on the way
         if not group.is_finished:
             groups[request.req_id] = group
-            self.scheduler.add(group)
+            self._trial.add(group, request)
 
     def abort_requests(self, client: bytes, req_ids: Iterable[str]) -> None:
         """Forget requests; ids that are not open are passed over."""
@@ -127,6 +137,7 @@ class EngineCore:
             group = groups.get(req_id)
             if group is None or not 0 <= index < len(group.branches):
                 continue
+            self._trial.release(group)
             self.scheduler.end(group.branches[index], FinishReason.ABORT)
             if group.is_finished:
                 del groups[req_id]
@@ -195,10 +206,12 @@ class EngineCore:
         if self._control.is_holding:
             return False
         has_submitted = False
+        self._trial.advance()
         while self.scheduler.num_steps_in_flight < self.scheduler.max_steps_in_flight:
             planned = self.scheduler.schedule(time.monotonic())
             if planned is None:
                 break
+            self._trial.note_step(planned[0])
             self._executor.submit(*planned)
             has_submitted = True
         if not has_submitted and self.scheduler.is_stuck:
@@ -262,6 +275,7 @@ class EngineCore:
         self, group: RequestGroup, reason: FinishReason, error: str | None = None
     ) -> list[Request]:
         """End a group's branches, last first so that none steps up; those that were open."""
+        self._trial.release(group)
         branches = reversed(group.branches)
         return [b for b in branches if self.scheduler.end(b, reason, error)]
 

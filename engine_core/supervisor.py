@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine_core.autopsy import Autopsy
 from engine_core.memory_kills import count_memory_kills
 from engine_core.restart_policy import Death, RestartPolicy
 from ipc.addresses import find_runtime_directory, make_ipc_directory, sweep_stale_directories
@@ -83,9 +84,11 @@ class Supervisor:
         self._recovers = decode_config(config).parallel_config.enable_recovery
         self._directory = make_ipc_directory() if listen is None else None
         self._listen = f"ipc://{self._directory}/core" if listen is None else listen
-        self._curve_keys = curve_keys
+        self._flags = ["--embedded"] if is_embedded else []
+        if curve_keys is not None:
+            self._flags += ["--curve-keys", str(curve_keys)]
         self._parent = parent
-        self._is_embedded = is_embedded
+        self._autopsy = Autopsy()
         self._report = report
         self._signals = SignalWatch(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         self._is_stopping = False
@@ -125,6 +128,7 @@ class Supervisor:
             was_out_of_memory=count_memory_kills() > core.num_memory_kills,
             was_ours=core.was_killed,
         )
+        self._autopsy.examine(time.monotonic(), is_outside=death.is_outside)
         wait_s = policy.next_wait_s(death, time.monotonic())
         logger.warning(
             "%s; its processes are gone after %.2f s; %s",
@@ -152,14 +156,11 @@ class Supervisor:
         status_read, status_write = os.pipe()
         arguments = ["--core", "--listen", self._listen, "--epoch", str(epoch)]
         arguments += ["--status-fd", str(status_write), "--death-fd", str(death_read)]
-        if self._is_embedded:
-            arguments.append("--embedded")
-        if self._curve_keys is not None:
-            arguments += ["--curve-keys", str(self._curve_keys)]
+        arguments += ["--record-fd", str(self._autopsy.descriptor), *self._flags]
         process = subprocess.Popen(
             python_command("engine_core", *arguments),
             stdin=subprocess.PIPE,
-            pass_fds=(status_write, death_read),
+            pass_fds=(status_write, death_read, self._autopsy.descriptor),
             env=child_environment(),
             process_group=0,  # so that the terminal's Ctrl-C reaches the supervisor alone
         )

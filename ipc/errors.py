@@ -3,9 +3,11 @@
 EngineError
 ├── ConfigError             a value cannot work; names the flag              exit code 2 at start
 ├── RequestError            the caller's fault; says what to change          HTTP 400
+│   ├── RefusedContentError what it asks has ended the engine before         HTTP 422
 │   └── UnsupportedError    a real feature that this version does not have   HTTP 400
 ├── EngineOverloadedError   too much in flight; nothing was started          HTTP 429
 ├── EngineGenerateError     one request failed inside the engine             HTTP 500
+│   └── EngineCrashError    it ended the engine each time it ran             HTTP 500
 ├── EngineStartError        a process could not start; carries the cause     exit code 3
 │   └── DeviceStartError    the device does not work                         exit code 6
 ├── EngineRestartingError   the core was lost and another one is starting    HTTP 503
@@ -54,6 +56,10 @@ class UnsupportedError(RequestError):
     """The request uses a feature of the contract that this version does not have."""
 
 
+class RefusedContentError(RequestError):
+    """A request with the same content has ended the engine a short while ago."""
+
+
 class EngineOverloadedError(EngineError):
     """Too much is in flight; nothing was started, so retrying later is safe."""
 
@@ -64,6 +70,10 @@ class EngineOverloadedError(EngineError):
 
 class EngineGenerateError(EngineError):
     """One accepted request failed inside the engine; the engine lives on."""
+
+
+class EngineCrashError(EngineGenerateError):
+    """This request ended the engine each time it ran, at last alone; the engine lives on."""
 
 
 class EngineStartError(EngineError, RuntimeError):

@@ -12,10 +12,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ipc.errors import (
+    EngineCrashError,
     EngineDeadError,
     EngineGenerateError,
     EngineOverloadedError,
     EngineRestartingError,
+    RefusedContentError,
     RequestError,
 )
 
@@ -52,11 +54,13 @@ STATUSES: tuple[tuple[type[Exception], int, str], ...] = (
     (TooLargeError, 413, "RequestTooLargeError"),
     (MediaTypeError, 415, "UnsupportedMediaTypeError"),
     (BodyTimeoutError, 408, "RequestTimeoutError"),
+    (RefusedContentError, 422, "UnprocessableEntityError"),
     (RequestError, 400, "BadRequestError"),
     (DrainingError, 503, "ServiceUnavailableError"),
     (EngineOverloadedError, 429, "RateLimitError"),
     (EngineRestartingError, 503, "ServiceUnavailableError"),
     (EngineDeadError, 503, "ServiceUnavailableError"),
+    (EngineCrashError, 500, "engine_crash"),
     (EngineGenerateError, 500, "InternalServerError"),
     (ClientGoneError, 499, "ClientClosedRequest"),
     # Input validation of the engine that predates RequestError raises plain ValueErrors.
