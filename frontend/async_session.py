@@ -287,6 +287,9 @@ class AsyncSession:
             self._send(AbortBranches(result.stopped_branches))
         if result.failed_req_ids:
             self._send(AbortRequests(result.failed_req_ids))
+        for message_again in result.resyncs:
+            self._send(AbortRequests([message_again.req_id]))
+            self._send(message_again)
         for work in result.row_work:
             self._processors.run(work)
         if result.iteration is not None:

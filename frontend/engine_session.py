@@ -185,6 +185,9 @@ class EngineSession:
             self._client.send(AbortBranches(result.stopped_branches))
         if result.failed_req_ids:
             self._client.send(AbortRequests(result.failed_req_ids))
+        for message in result.resyncs:
+            self._client.send(AbortRequests([message.req_id]))
+            self._client.send(message)
         for work in result.row_work:
             self._client.send(*run_processors(work))
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from frontend.detokenizer import Detokenizer
 from frontend.inputs import AdmittedRequest
-from frontend.journal import Journal, JournalBranch
+from frontend.journal import Journal, JournalBranch, LostTokensError
 from frontend.logits_processors import LogitsProcessor, RowWork
 from frontend.logprobs import LogprobDecoder
 from frontend.outputs import RequestMetrics
@@ -24,7 +24,7 @@ from frontend.stop_strings import StopStringMatcher
 from frontend.tokenizer import Tokenizer
 from ipc import errors
 from ipc.errors import EngineError, EngineGenerateError
-from ipc.messages import EngineOutput, EngineOutputs, FinishReason, LogitsRow
+from ipc.messages import AddRequest, EngineOutput, EngineOutputs, FinishReason, LogitsRow
 from ipc.sampling_params import RequestOutputKind
 from ipc.tensors import Frames
 
@@ -38,6 +38,7 @@ class StepResult:
     moved: list[RequestState] = field(default_factory=list)  # each once, in order of arrival
     stopped_branches: list[tuple[str, int]] = field(default_factory=list)  # for AbortBranches
     failed_req_ids: list[str] = field(default_factory=list)  # for AbortRequests
+    resyncs: list[AddRequest] = field(default_factory=list)  # after an AbortRequests for each
     row_work: list[RowWork] = field(default_factory=list)  # for the logits processors
     iteration: IterationStats | None = None
 
@@ -203,6 +204,9 @@ class OutputProcessor:
         is_first = state.metrics.first_token_time is None
         try:
             num_new = state.update(output, now_s)
+        except LostTokensError:
+            result.resyncs.append(state.entry.resync())
+            return False
         except EngineGenerateError as err:
             self._fail(state, err, now_s, result)
             return True

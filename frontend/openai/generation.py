@@ -2,6 +2,7 @@
 
 import asyncio
 import secrets
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from frontend.openai.protocol import Body, Prompt, Tuning, check_plain, decode_b
 from frontend.openai.sse import TextShortcut, first_error
 from frontend.openai.state import ServerState
 from frontend.outputs import RequestOutput
-from ipc.errors import EngineGenerateError, RequestError
+from ipc.errors import EngineCrashError, EngineGenerateError, RequestError
 from ipc.sampling_params import SamplingParams
 
 MAX_BODY_BYTES = 32 << 20
@@ -38,6 +39,7 @@ class Job:
     cache_salt: str | None
     add_special_tokens: bool
     field_names: Mapping[str, str]  # the engine's name of a field -> the body's
+    tenant: str | None = None  # whose API key it came with
 
 
 async def read_body(request: Request, kind: type[Body], state: ServerState) -> Body:
@@ -112,6 +114,7 @@ def make_jobs(
             cache_salt=":".join(salts) or None,
             add_special_tokens=True if add_special_tokens is None else add_special_tokens,
             field_names=field_names,
+            tenant=tenant,
         )
         for i, prompt in enumerate(prompts)
     ]
@@ -138,6 +141,7 @@ async def consume(
     if isinstance(job.prompt, str):
         inputs = {"prompt": job.prompt}
         options["tokenization_kwargs"] = {"add_special_tokens": job.add_special_tokens}
+    state.crash_quota.check(job.tenant, time.monotonic())
     try:
         stream = await state.engine.add_request(job.req_id, inputs, job.params, **options)
     except RequestError as err:
@@ -151,6 +155,9 @@ async def consume(
             if output.error is not None:
                 raise EngineGenerateError(output.error)
             await take(output)
+    except EngineCrashError:
+        state.crash_quota.note(job.tenant, time.monotonic())
+        raise
     finally:  # no await here: clean-up must also work while being cancelled
         state.open_req_ids.discard(job.req_id)
         stream.close()

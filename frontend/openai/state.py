@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from frontend.chat_template import template_of_tokenizer
+from frontend.openai.crash_quota import CrashQuota
 from frontend.openai.errors import DrainingError, NotFoundError
 from ipc.config import ModelConfig
 from ipc.errors import ConfigError, RequestError
@@ -60,6 +61,7 @@ class ServerState:
     is_draining: bool = False
     num_open: int = 0  # HTTP requests being answered
     open_req_ids: set[str] = field(default_factory=set)  # what the engine works on for them
+    crash_quota: CrashQuota = field(default_factory=CrashQuota)
     open_streams: "set[EventWriter]" = field(default_factory=set)
     template_slots: asyncio.Semaphore = field(
         default_factory=lambda: asyncio.Semaphore(MAX_TEMPLATE_PROCESSES)

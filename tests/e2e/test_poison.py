@@ -1,6 +1,9 @@
 """A request that kills the core, among many that do not: it fails alone, they go on exactly."""
 
 import asyncio
+import json
+import urllib.error
+import urllib.request
 
 import pytest
 
@@ -10,6 +13,7 @@ from ipc.operations import GetStats
 from tests.e2e.engines import tiny_args
 from tests.engine_core.faulty_executors import POISON
 from tests.engine_core.scripted_executor import scripted_token
+from tests.fuzz.servers import running_server
 
 NUM_GOOD = 63
 PROMPT = [1, 2, 3]
@@ -54,3 +58,26 @@ def test_a_poison_request_fails_alone_and_its_content_is_refused() -> None:
             llm.shutdown()
 
     asyncio.run(main())
+
+
+def test_over_http_a_poison_request_is_500_then_422_and_its_neighbours_see_nothing() -> None:
+    executor = "tests.engine_core.faulty_executors:PoisonedExecutor"
+
+    def post(prompt: list[int]) -> tuple[int, dict[str, Any]]:
+        body = {"prompt": prompt, "max_tokens": 5, "ignore_eos": True}
+        request = urllib.request.Request(
+            f"{url}/v1/completions",
+            json.dumps(body).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as err:
+            return err.code, json.load(err)
+
+    with running_server("--executor-class", executor) as url:
+        status, body = post([7, POISON, 9])
+        assert (status, body["error"]["type"]) == (500, "engine_crash")
+        assert post([7, POISON, 9])[0] == 422
+        assert post([7, 8, 9])[0] == 200
