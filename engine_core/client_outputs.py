@@ -1,12 +1,18 @@
 """What each client is told of a step's result."""
 
+import logging
 from dataclasses import dataclass, field
 
+from engine_core.lingering import NOBODY
 from engine_core.request import Request
 from engine_core.step_result import StepResult
-from ipc.messages import EngineOutput, FinishReason, LogitsRow
+from ipc.messages import EngineOutput, EngineOutputs, FinishReason, LogitsRow, SchedulerStats
 from ipc.records import TensorRef
 from ipc.tensors import Frames, read
+
+logger = logging.getLogger(__name__)
+
+Outputs = list[tuple[bytes, EngineOutputs, Frames]]  # with the client that each is for
 
 
 @dataclass(slots=True)
@@ -47,6 +53,19 @@ def collect_outputs(
         own = TensorRef(len(told.frames), ref.dtype, ref.shape)
         told.frames.append(read(ref, frames))
         told.logits_rows.append(LogitsRow(request.req_id, request.index, request.num_tokens, own))
+
+
+def make_messages(
+    told: dict[bytes, ClientOutputs], epoch: int, step_id: int, stats: SchedulerStats
+) -> Outputs:
+    """A message for each client; nobody is told what nobody waits for."""
+    if stats.num_leaked_blocks:
+        logger.error("%d KV blocks are held by nobody", stats.num_leaked_blocks)
+    return [
+        (client, EngineOutputs(epoch, step_id, each.outputs, each.logits_rows, stats), each.frames)
+        for client, each in told.items()
+        if client != NOBODY
+    ]
 
 
 def refusal(req_id: str, error: Exception) -> EngineOutput:

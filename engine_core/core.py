@@ -11,9 +11,17 @@ import time
 from collections.abc import Iterable
 
 from engine_core.block_hash import BlockHasher
-from engine_core.client_outputs import ClientOutputs, collect_outputs, last_words, refusal
+from engine_core.client_outputs import (
+    ClientOutputs,
+    Outputs,
+    collect_outputs,
+    last_words,
+    make_messages,
+    refusal,
+)
 from engine_core.control import Control
-from engine_core.gate import Gate
+from engine_core.flight_record import FlightRecord
+from engine_core.gate import REFUSALS, Gate
 from engine_core.headroom import AdapterLimit
 from engine_core.intake import Intake, make_limits
 from engine_core.kv_cache_manager import KVCacheManager
@@ -22,19 +30,13 @@ from engine_core.request import Request, RequestGroup
 from engine_core.request_checks import RequestLimits
 from engine_core.scheduler import Scheduler
 from engine_core.stats import scheduler_stats
+from engine_core.trial import Trial
 from executor.executor import Executor
 from ipc.config import EngineConfig
-from ipc.errors import (
-    DeadlineExceededError,
-    EngineError,
-    EngineOverloadedError,
-    ProtocolError,
-    RequestError,
-)
+from ipc.errors import EngineError, ProtocolError
 from ipc.messages import (
     AddRequest,
     EngineOutput,
-    EngineOutputs,
     FinishReason,
     ModelRunnerOutput,
     ProcessedLogits,
@@ -43,8 +45,6 @@ from ipc.messages import (
 )
 from ipc.operations import AnyOperation
 from ipc.tensors import Frames
-
-Outputs = list[tuple[bytes, EngineOutputs, Frames]]
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,13 @@ class EngineCore:
     """
 
     def __init__(
-        self, config: EngineConfig, executor: Executor, ready: WorkerReady, *, epoch: int = 0
+        self,
+        config: EngineConfig,
+        executor: Executor,
+        ready: WorkerReady,
+        *,
+        epoch: int = 0,
+        record: FlightRecord | None = None,
     ) -> None:
         scheduling, cache = config.scheduler_config, config.cache_config
         hasher = BlockHasher(os.urandom(32), cache.block_size)
@@ -84,6 +90,7 @@ class EngineCore:
         )
         self.gate = Gate(self.limits)
         self._intake = Intake(scheduling, hasher, request_limits)
+        self._trial = Trial(self, record)
         self._executor = executor
         self._epoch = epoch
         self._groups: dict[bytes, dict[str, RequestGroup]] = {}
@@ -102,10 +109,11 @@ class EngineCore:
             return
         now_s, room = time.monotonic(), self.scheduler.lifecycle.room
         try:
+            self._trial.check(request)
             self.lingering.check(request)
             self.gate.check(request, room, num_open=self.num_open, now_s=now_s)
             group = self._intake.admit(client, request, now_s=now_s, newest_place=room.newest_place)
-        except (RequestError, EngineOverloadedError, DeadlineExceededError) as err:
+        except REFUSALS as err:
             self._tell(client, refusal(request.req_id, err))
             return
         for branch in group.branches:
@@ -114,7 +122,7 @@ class EngineCore:
         if not group.is_finished:
             groups[request.req_id] = group
             self.lingering.add(request, group)
-            self.scheduler.add(group)
+            self._trial.add(group, request)
             self.gate.watch(group)
 
     def abort_requests(self, client: bytes, req_ids: Iterable[str]) -> None:
@@ -134,6 +142,7 @@ class EngineCore:
             group = groups.get(req_id)
             if group is None or not 0 <= index < len(group.branches):
                 continue
+            self._trial.release(group)
             self.scheduler.end(group.branches[index], FinishReason.ABORT)
             if group.is_finished:
                 del groups[req_id]
@@ -176,9 +185,8 @@ class EngineCore:
 
     def abort_all(self) -> None:
         """End every open request and tell the clients."""
-        for groups in self._groups.values():
-            for group in tuple(groups.values()):
-                self.end_group(group, FinishReason.ABORT)
+        for group in self._open_groups():
+            self.end_group(group, FinishReason.ABORT)
 
     def call(self, operation: AnyOperation) -> object:
         """Run a control operation; what it returns is documented with the operation.
@@ -217,10 +225,12 @@ class EngineCore:
         if self._control.is_holding:
             return False
         has_submitted = False
+        self._trial.advance()
         while self.scheduler.num_steps_in_flight < self.scheduler.max_steps_in_flight:
             planned = self.scheduler.schedule(time.monotonic())
             if planned is None:
                 break
+            self._trial.note_step(planned[0])
             self._executor.submit(*planned)
             has_submitted = True
         if not has_submitted and self.scheduler.is_stuck:
@@ -245,14 +255,14 @@ class EngineCore:
             if group.is_finished:
                 self._groups.get(group.client, {}).pop(group.req_id, None)
                 self.lingering.note_end(group, now_s)
-        return self._messages(told, result.step_id)
+        return make_messages(told, self._epoch, result.step_id, self.stats())
 
     def drain_outputs(self) -> Outputs:
         """What clients are told without a step: refusals, failures, aborts."""
         if not self._undelivered:
             return []
         told, self._undelivered = self._undelivered, {}
-        return self._messages(told, self.scheduler.num_planned_steps)
+        return make_messages(told, self._epoch, self.scheduler.num_planned_steps, self.stats())
 
     def step(self, timeout_s: float | None = None) -> Outputs:
         """Submit what can be, and take in one answer if one is due; the in-process way.
@@ -275,31 +285,21 @@ class EngineCore:
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless requests, rows and blocks add up. For tests."""
-        groups = [group for groups in self._groups.values() for group in groups.values()]
-        self.scheduler.lifecycle.check_invariants(
-            [branch for group in groups for branch in group.branches]
-        )
+        branches = [branch for group in self._open_groups() for branch in group.branches]
+        self.scheduler.lifecycle.check_invariants(branches)
 
     # ------------------------------------------------------------ inside
+
+    def _open_groups(self) -> list[RequestGroup]:
+        return [group for groups in self._groups.values() for group in groups.values()]
 
     def _end(
         self, group: RequestGroup, reason: FinishReason, error: str | None = None
     ) -> list[Request]:
         """End a group's branches, last first so that none steps up; those that were open."""
+        self._trial.release(group)
         branches = reversed(group.branches)
         return [b for b in branches if self.scheduler.end(b, reason, error)]
 
     def _tell(self, client: bytes, output: EngineOutput) -> None:
         self._undelivered.setdefault(client, ClientOutputs()).outputs.append(output)
-
-    def _messages(self, told: dict[bytes, ClientOutputs], step_id: int) -> Outputs:
-        if not told:
-            return []
-        stats = self.stats()
-        if stats.num_leaked_blocks:
-            logger.error("%d KV blocks are held by nobody", stats.num_leaked_blocks)
-        return [
-            (client, EngineOutputs(self._epoch, step_id, t.outputs, t.logits_rows, stats), t.frames)
-            for client, t in told.items()
-            if client != NOBODY
-        ]

@@ -15,6 +15,7 @@ import msgspec
 
 from engine_core.core_server import CoreServer, settle_garbage_collection
 from engine_core.drain import Drain
+from engine_core.flight_record import FlightRecord
 from engine_core.start import StartedCore, start_core
 from ipc.channel import RouterChannel
 from ipc.config import EngineConfig, decode_config
@@ -44,6 +45,7 @@ class CoreOptions:
     epoch: int
     status_fd: int
     death_fd: int
+    record_fd: int
     drain_s: float = 0.0  # how long open requests may go on after a signal to stop
 
 
@@ -79,7 +81,12 @@ class CoreProcess:
         self, config: EngineConfig, channel: "RouterChannel[FrontendToCore]"
     ) -> ExitCode:
         try:
-            started = start_core(config, on_progress=self._note_progress, epoch=self._options.epoch)
+            started = start_core(
+                config,
+                on_progress=self._note_progress,
+                epoch=self._options.epoch,
+                record=FlightRecord(self._options.record_fd),
+            )
         except ConfigError as err:
             return self._fail(ExitCode.CONFIG, str(err))
         except EngineStartError as err:

@@ -9,10 +9,19 @@ from collections.abc import Iterator
 
 from engine_core.request import RequestGroup
 from engine_core.waiting_room import WaitingRoom
-from ipc.errors import DeadlineExceededError, EngineDrainingError, EngineOverloadedError
+from ipc.errors import (
+    DeadlineExceededError,
+    EngineCrashError,
+    EngineDrainingError,
+    EngineOverloadedError,
+    RequestError,
+)
 from ipc.messages import AddRequest, FinishReason, Limits
 
 _FEW_DEADLINES = 64  # not worth looking for those of ended requests
+
+# Why a request may not be admitted; its client is told, and nobody else notices.
+REFUSALS = (RequestError, EngineOverloadedError, DeadlineExceededError, EngineCrashError)
 
 # How an overdue request ends: its reason, the error where it failed, and the error's class.
 Ending = tuple[FinishReason, str | None, str]

@@ -66,6 +66,7 @@ class RequestGroup:
     prompt_hashes: list[bytes] = field(default_factory=list)  # of the prompt's full blocks
     adapter_id: int | None = None
     priority: int = 0
+    key: str = ""  # its name from core to core
     branches: list["Request"] = field(default_factory=list)
     held_back: list["Request"] = field(default_factory=list)  # branches waiting for the leader
     linger: Linger | None = None

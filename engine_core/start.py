@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from engine_core.core import EngineCore
 from engine_core.core_server import make_welcome
+from engine_core.flight_record import FlightRecord
 from executor.executor import Executor, OnProgress, make_executor
 from ipc.config import EngineConfig
 from ipc.messages import Welcome
@@ -26,6 +27,7 @@ def start_core(
     *,
     on_progress: OnProgress,
     epoch: int = 0,
+    record: FlightRecord | None = None,
     executor_class: MakeExecutor | None = None,
 ) -> StartedCore:
     """Start the workers and put a core before them; on failure nothing is left running.
@@ -37,7 +39,7 @@ def start_core(
     executor = make_executor(config) if executor_class is None else executor_class(config)
     try:
         ready = executor.start(on_progress)
-        core = EngineCore(config, executor, ready, epoch=epoch)
+        core = EngineCore(config, executor, ready, epoch=epoch, record=record)
     except BaseException:
         executor.shutdown()
         raise

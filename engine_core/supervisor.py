@@ -17,7 +17,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+from engine_core.autopsy import Autopsy
 from engine_core.memory_kills import count_memory_kills
 from engine_core.restart_policy import Death, RestartPolicy
 from ipc.addresses import find_runtime_directory, make_ipc_directory, sweep_stale_directories
@@ -59,6 +61,13 @@ class Core:
     failure: EngineFailed | None = None
 
 
+class CoreInput(NamedTuple):
+    """What every core is started with."""
+
+    config: bytes  # encoded
+    flags: list[str]
+
+
 class Supervisor:
     """Owns the process tree below it: one core, whose process group holds its workers.
 
@@ -82,17 +91,18 @@ class Supervisor:
         report: Callable[[Status], None],
         drain_s: float = 0.0,
     ) -> None:
-        self._config = config
-        self._recovers = decode_config(config).parallel_config.enable_recovery
         self._directory = make_ipc_directory() if listen is None else None
         self._listen = f"ipc://{self._directory}/core" if listen is None else listen
-        self._flags = ["--shutdown-timeout", str(drain_s)]  # of every core
+        flags = ["--shutdown-timeout", str(drain_s)]
         if is_embedded:
-            self._flags.append("--embedded")
+            flags.append("--embedded")
         if curve_keys is not None:
-            self._flags += ["--curve-keys", str(curve_keys)]
+            flags += ["--curve-keys", str(curve_keys)]
+        self._given = CoreInput(config, flags)
+        self._parallel = decode_config(config).parallel_config
         self._parent = parent
         self._drain_s = drain_s
+        self._autopsy = Autopsy()
         self._report = report
         self._signals = SignalWatch(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         self._is_stopping = False
@@ -122,7 +132,7 @@ class Supervisor:
             noticed_s = time.monotonic()
             return_code = self._end(core)
         is_first = core.epoch == 0 and not core.is_listening  # a start that fails is no death
-        if is_over or self._is_stopping or is_first or not self._recovers:
+        if is_over or self._is_stopping or is_first or not self._parallel.enable_recovery:
             self._exit_code = self._judge(core, return_code)
             return None
         death = Death(
@@ -132,6 +142,7 @@ class Supervisor:
             was_out_of_memory=count_memory_kills() > core.num_memory_kills,
             was_ours=core.was_killed,
         )
+        self._autopsy.examine(time.monotonic(), is_outside=death.is_outside)
         wait_s = policy.next_wait_s(death, time.monotonic())
         logger.warning(
             "%s; its processes are gone after %.2f s; %s",
@@ -159,10 +170,11 @@ class Supervisor:
         status_read, status_write = os.pipe()
         arguments = ["--core", "--listen", self._listen, "--epoch", str(epoch)]
         arguments += ["--status-fd", str(status_write), "--death-fd", str(death_read)]
+        arguments += ["--record-fd", str(self._autopsy.descriptor)]
         process = subprocess.Popen(
-            python_command("engine_core", *arguments, *self._flags),
+            python_command("engine_core", *arguments, *self._given.flags),
             stdin=subprocess.PIPE,
-            pass_fds=(status_write, death_read),
+            pass_fds=(status_write, death_read, self._autopsy.descriptor),
             env=child_environment(),
             process_group=0,  # so that the terminal's Ctrl-C reaches the supervisor alone
         )
@@ -170,7 +182,7 @@ class Supervisor:
         os.close(status_write)
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError), process.stdin:
-            process.stdin.write(self._config)
+            process.stdin.write(self._given.config)
         return Core(
             process,
             os.pidfd_open(process.pid),

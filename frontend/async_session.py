@@ -20,7 +20,7 @@ import msgspec
 from frontend.inputs import InputProcessor, NewRequest
 from frontend.liveness import Liveness
 from frontend.logits_processors import ProcessorThread
-from frontend.output_processor import OutputProcessor, copy_error
+from frontend.output_processor import OutputProcessor, answers_to, copy_error
 from frontend.outputs import RequestOutput
 from frontend.prompts import parse_prompt
 from frontend.recovery import Recovery
@@ -36,7 +36,6 @@ from ipc.errors import (
     EngineRestartingError,
 )
 from ipc.messages import (
-    AbortBranches,
     AbortRequests,
     CoreToFrontend,
     EngineDraining,
@@ -325,10 +324,8 @@ class AsyncSession:
         self._wake(result.moved)
         if self._drains:
             self._note_ended()
-        if result.stopped_branches:
-            self._send(AbortBranches(result.stopped_branches))
-        if result.failed_req_ids:
-            self._send(AbortRequests(result.failed_req_ids))
+        for answer in answers_to(result):
+            self._send(answer)
         for work in result.row_work:
             self._processors.run(work)
         if result.iteration is not None:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from frontend.core_room import CoreRoom
 from frontend.inputs import AdmittedRequest, InputProcessor, NewRequest
 from frontend.logits_processors import run_processors
-from frontend.output_processor import OutputProcessor, StepResult, copy_error
+from frontend.output_processor import OutputProcessor, StepResult, answers_to, copy_error
 from frontend.outputs import RequestOutput
 from frontend.recovery import Recovery
 from frontend.stat_loggers import StatLoggerGroup
@@ -21,7 +21,6 @@ from frontend.tokenizer import Tokenizer
 from ipc.config import EngineConfig
 from ipc.errors import EngineDeadError
 from ipc.messages import (
-    AbortBranches,
     AbortRequests,
     AddRequest,
     CoreToFrontend,
@@ -176,10 +175,8 @@ class EngineSession:
                 self._room.note_started(state.req_id)
             if state.is_finished:
                 self._room.remove(state.req_id)
-        if result.stopped_branches:
-            self._client.send(AbortBranches(result.stopped_branches))
-        if result.failed_req_ids:
-            self._client.send(AbortRequests(result.failed_req_ids))
+        for message in answers_to(result):
+            self._client.send(message)
         for work in result.row_work:
             self._client.send(*run_processors(work))
 

@@ -9,12 +9,17 @@ lives beside the entry, in this process, and goes on where it was.
 Pure bookkeeping: no sockets, no clock.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import msgspec
 
 from ipc.errors import EngineGenerateError
 from ipc.messages import AddRequest, EngineOutput, ResumedBranch, TokenLogprobs
+
+
+class LostTokensError(EngineGenerateError):
+    """Output tokens were lost on the way from the core."""
 
 
 @dataclass(slots=True)
@@ -30,11 +35,16 @@ class JournalBranch:
 class JournalEntry:
     """One open request."""
 
+    MAX_RESYNCS: ClassVar[int] = 3
+
     request: AddRequest  # as admitted: prompt ids, parameters with seed, adapter, salt, priority
     epoch: int  # of the core that works on it; outputs of another one are not for us
     branches: list[JournalBranch]
     attempts: int = 1  # times the request was sent
     num_prompt_logprobs: int = 0  # prompt positions whose logprobs were taken in
+    num_resyncs: int = 0  # times tokens were missing, and the request was sent again for it
+    # Accepted tokens by branch at the latest of these: until there are more, a gap is an old one.
+    resynced_at: dict[int, int] = field(default_factory=dict)
     num_repeated_prompt_logprobs: int = 0  # of those, how many the core will send once more
 
     @property
@@ -48,13 +58,17 @@ class JournalEntry:
         None when the output says nothing new.
 
         Raises:
-            EngineGenerateError: tokens between the accepted ones and these are missing.
+            LostTokensError: tokens between the accepted ones and these are missing: resync.
+            EngineGenerateError: that has happened too often.
         """
         branch = self.branches[output.index]
         num_accepted = len(branch.token_ids)
         num_known = num_accepted - output.first_index
         if num_known < 0:
-            raise EngineGenerateError(
+            if self.resynced_at.get(output.index) == num_accepted:
+                return None  # on its way since before
+            kind = LostTokensError if self.num_resyncs < self.MAX_RESYNCS else EngineGenerateError
+            raise kind(
                 f"output tokens {num_accepted} to {output.first_index - 1} of sequence "
                 f"{output.index} were lost on the way"
             )
@@ -69,6 +83,12 @@ class JournalEntry:
         self.num_repeated_prompt_logprobs -= num_skipped
         self.num_prompt_logprobs += len(given) - num_skipped
         return given[num_skipped:]
+
+    def resync(self) -> AddRequest:
+        """The message that makes the same core start over with this request; abort it first."""
+        self.num_resyncs += 1
+        self.resynced_at = {branch.index: len(branch.token_ids) for branch in self.branches}
+        return self.resume(self.epoch)
 
     def resume(self, epoch: int) -> AddRequest:
         """Move to another epoch: the message that makes its core continue this request."""

@@ -8,14 +8,14 @@ Knows nothing of sockets and event loops: it is told the time, and it says what 
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from frontend.admission import FrontendAdmission
 from frontend.detokenizer import Detokenizer
 from frontend.inputs import AdmittedRequest
-from frontend.journal import Journal, JournalBranch
+from frontend.journal import Journal, JournalBranch, LostTokensError
 from frontend.logits_processors import LogitsProcessor, RowWork
 from frontend.logprobs import LogprobDecoder
 from frontend.outputs import RequestMetrics
@@ -25,7 +25,16 @@ from frontend.stop_strings import StopStringMatcher
 from frontend.tokenizer import Tokenizer
 from ipc import errors
 from ipc.errors import EngineError, EngineGenerateError
-from ipc.messages import EngineOutput, EngineOutputs, FinishReason, LogitsRow
+from ipc.messages import (
+    AbortBranches,
+    AbortRequests,
+    AddRequest,
+    EngineOutput,
+    EngineOutputs,
+    FinishReason,
+    FrontendToCore,
+    LogitsRow,
+)
 from ipc.sampling_params import RequestOutputKind
 from ipc.tensors import Frames
 
@@ -39,8 +48,20 @@ class StepResult:
     moved: list[RequestState] = field(default_factory=list)  # each once, in order of arrival
     stopped_branches: list[tuple[str, int]] = field(default_factory=list)  # for AbortBranches
     failed_req_ids: list[str] = field(default_factory=list)  # for AbortRequests
+    resyncs: list[AddRequest] = field(default_factory=list)  # after an AbortRequests for each
     row_work: list[RowWork] = field(default_factory=list)  # for the logits processors
     iteration: IterationStats | None = None
+
+
+def answers_to(result: StepResult) -> Iterator[FrontendToCore]:
+    """What the core is told of a step's results."""
+    if result.stopped_branches:
+        yield AbortBranches(result.stopped_branches)
+    if result.failed_req_ids:
+        yield AbortRequests(result.failed_req_ids)
+    for again in result.resyncs:
+        yield AbortRequests([again.req_id])
+        yield again
 
 
 class OutputProcessor:
@@ -208,6 +229,9 @@ class OutputProcessor:
         is_first = state.metrics.first_token_time is None
         try:
             num_new = state.update(output, now_s)
+        except LostTokensError:
+            result.resyncs.append(state.entry.resync())
+            return False
         except EngineGenerateError as err:
             self._fail(state, err, now_s, result)
             return True

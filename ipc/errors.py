@@ -3,11 +3,13 @@
 EngineError
 ├── ConfigError             a value cannot work; names the flag              exit code 2 at start
 ├── RequestError            the caller's fault; says what to change          HTTP 400
+│   ├── RefusedContentError what it asks has ended the engine before         HTTP 422
 │   └── UnsupportedError    a real feature that this version does not have   HTTP 400
 ├── EngineOverloadedError   too much in flight; nothing was started          HTTP 429
 │   └── EngineDrainingError the engine is stopping; nothing was started      HTTP 503
 ├── DeadlineExceededError   the deadline came before the first token         HTTP 504
 ├── EngineGenerateError     one request failed inside the engine             HTTP 500
+│   └── EngineCrashError    it ended the engine each time it ran             HTTP 500
 ├── EngineStartError        a process could not start; carries the cause     exit code 3
 │   └── DeviceStartError    the device does not work                         exit code 6
 ├── EngineRestartingError   the core was lost and another one is starting    HTTP 503
@@ -60,6 +62,10 @@ class UnknownStreamError(RequestError):
     """No stream of that name lingers: it never did, or its time is over."""
 
 
+class RefusedContentError(RequestError):
+    """A request with the same content has ended the engine a short while ago."""
+
+
 class EngineOverloadedError(EngineError):
     """Too much is in flight; nothing was started, so retrying later is safe."""
 
@@ -81,6 +87,10 @@ class DeadlineExceededError(EngineError, TimeoutError):
 
 class EngineGenerateError(EngineError):
     """One accepted request failed inside the engine; the engine lives on."""
+
+
+class EngineCrashError(EngineGenerateError):
+    """This request ended the engine each time it ran, at last alone; the engine lives on."""
 
 
 class EngineStartError(EngineError, RuntimeError):

@@ -15,11 +15,13 @@ from starlette.responses import Response
 
 from ipc.errors import (
     DeadlineExceededError,
+    EngineCrashError,
     EngineDeadError,
     EngineDrainingError,
     EngineGenerateError,
     EngineOverloadedError,
     EngineRestartingError,
+    RefusedContentError,
     RequestError,
 )
 
@@ -59,12 +61,14 @@ STATUSES: tuple[tuple[type[Exception], int, str], ...] = (
     (TooLargeError, 413, "RequestTooLargeError"),
     (MediaTypeError, 415, "UnsupportedMediaTypeError"),
     (BodyTimeoutError, 408, "RequestTimeoutError"),
+    (RefusedContentError, 422, "UnprocessableEntityError"),
     (RequestError, 400, "BadRequestError"),
     (EngineDrainingError, 503, "ServiceUnavailableError"),
     (DeadlineExceededError, 504, "DeadlineExceededError"),
     (EngineOverloadedError, 429, "RateLimitError"),
     (EngineRestartingError, 503, "ServiceUnavailableError"),
     (EngineDeadError, 503, "ServiceUnavailableError"),
+    (EngineCrashError, 500, "engine_crash"),
     (EngineGenerateError, 500, "InternalServerError"),
     (ClientGoneError, 499, "ClientClosedRequest"),
     # Input validation of the engine that predates RequestError raises plain ValueErrors.

@@ -3,6 +3,7 @@
 import asyncio
 import hmac
 import secrets
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ from frontend.openai.sse import TextShortcut, first_error
 from frontend.openai.state import ServerState
 from frontend.outputs import RequestOutput
 from ipc.caps import MAX_BODY_BYTES
-from ipc.errors import EngineGenerateError, RequestError
+from ipc.errors import EngineCrashError, EngineGenerateError, RequestError
 from ipc.messages import Linger
 from ipc.sampling_params import SamplingParams
 
@@ -45,6 +46,7 @@ class Job:
     linger: Linger | None = None
     resumed: OutputStream | None = None  # the engine has it already
     limits: RequestLimits = NO_LIMITS
+    tenant: str | None = None  # whose API key it came with
 
 
 async def read_body(request: Request, kind: type[Body], state: ServerState) -> Body:
@@ -106,7 +108,7 @@ def make_jobs(
     if body.request_id is not None:
         request.state.request_id = body.request_id  # echoed in a header, used for nothing else
     cache_salt = join_salts(getattr(request.state, "key_salt", None), body.cache_salt)
-    limits = read_limits(request)
+    limits, tenant = read_limits(request), getattr(request.state, "tenant", None)
     group = secrets.token_hex(16)
     add_special_tokens = getattr(body, "add_special_tokens", True)
     return [
@@ -119,6 +121,7 @@ def make_jobs(
             add_special_tokens=True if add_special_tokens is None else add_special_tokens,
             field_names=field_names,
             limits=limits,
+            tenant=tenant,
         )
         for i, prompt in enumerate(prompts)
     ]
@@ -156,6 +159,7 @@ async def consume(
     if isinstance(job.prompt, str):
         inputs = {"prompt": job.prompt}
         options["tokenization_kwargs"] = {"add_special_tokens": job.add_special_tokens}
+    state.crash_quota.check(job.tenant, time.monotonic())
     try:
         async with job.limits.in_time():
             await _consume(state, job, inputs, options, take, shortcut)
@@ -183,6 +187,9 @@ async def _consume(
             if output.error is not None:
                 raise EngineGenerateError(output.error)
             await take(output)
+    except EngineCrashError:
+        state.crash_quota.note(job.tenant, time.monotonic())
+        raise
     finally:  # no await here: clean-up must also work while being cancelled
         state.open_req_ids.discard(job.req_id)
         if job.linger is None or stream.finished:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from frontend.chat_template import template_of_tokenizer
+from frontend.openai.crash_quota import CrashQuota
 from frontend.openai.errors import DrainingError, NotFoundError
 from frontend.openai.lingerers import Lingerers
 from ipc.config import ModelConfig
@@ -68,6 +69,7 @@ class ServerState:
     num_open: int = 0  # HTTP requests being answered
     open_req_ids: set[str] = field(default_factory=set)  # what the engine works on for them
     lingerers: Lingerers = field(default_factory=Lingerers)  # streams that lost their readers
+    crash_quota: CrashQuota = field(default_factory=CrashQuota)
     open_streams: "set[EventWriter]" = field(default_factory=set)
     template_slots: asyncio.Semaphore = field(
         default_factory=lambda: asyncio.Semaphore(MAX_TEMPLATE_PROCESSES)

@@ -15,6 +15,8 @@ from ipc.processes import die_with
 from ipc.tensors import Frames
 from tests.engine_core.scripted_executor import ScriptedExecutor
 
+POISON = 4242
+
 
 class StartErrorExecutor(ScriptedExecutor):
     """A rank reports that it could not load."""
@@ -65,6 +67,16 @@ class CrashingStepExecutor(ScriptedExecutor):
     def submit(self, plan: SchedulerOutput, frames: Frames = ()) -> None:
         """Raise what nobody expected."""
         raise RuntimeError("step exploded")
+
+
+class PoisonedExecutor(ScriptedExecutor):
+    """Dies in any step that begins with a prompt that holds ``POISON``."""
+
+    def submit(self, plan: SchedulerOutput, frames: Frames = ()) -> None:
+        """End the process as a fault in a kernel does."""
+        if any(POISON in row.token_ids[: row.num_prompt_tokens] for row in plan.new_rows):
+            os.abort()
+        super().submit(plan, frames)
 
 
 class DeadWorkerExecutor(ScriptedExecutor):

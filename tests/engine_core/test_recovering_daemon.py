@@ -125,8 +125,8 @@ def test_a_daemon_listens_at_the_same_port_again() -> None:
 def test_a_stop_during_the_wait_for_a_restart_is_obeyed() -> None:
     launch = Launch(make_faulty_config("CrashingStepExecutor"))
     with closing(ProcessCoreClient(launch)) as client:
-        client.send(make_request())
         core = find_core(launch.pid)
+        client.send(make_request())
         psutil.wait_procs([core], timeout=LIMIT_S)
         os.kill(launch.pid, signal.SIGTERM)
         assert launch._process.wait(LIMIT_S) == 0

@@ -4,7 +4,7 @@ import pytest
 
 from frontend.request_state import RequestState
 from ipc.errors import DeviceDeadError, EngineGenerateError, EngineOverloadedError
-from ipc.messages import FinishReason, LogitsRow, TokenLogprobs
+from ipc.messages import FinishReason, LogitsRow, ResumedBranch, TokenLogprobs
 from ipc.records import TensorRef
 from ipc.sampling_params import RequestOutputKind
 from tests.frontend.builders import EOS, make_output, make_rig
@@ -248,12 +248,28 @@ def test_outputs_of_another_epoch_are_dropped() -> None:
     assert rig.feed(make_output(state.req_id, 0, [97]), epoch=1).moved == [state]
 
 
-def test_a_duplicate_changes_nothing_and_a_gap_fails_its_request_alone() -> None:
+def test_a_duplicate_changes_nothing_and_a_gap_sends_its_request_again() -> None:
     rig = make_rig()
     state, other = rig.open("a"), rig.open("b")
     rig.say(state, "ab")
     assert rig.feed(make_output(state.req_id, 1, [98])).moved == []
     result = rig.feed(make_output(state.req_id, 3, [99]), make_output(other.req_id, 0, [120]))
+    (again,) = result.resyncs
+    assert again.resumed == [ResumedBranch(0, [97, 98])]
+    assert (again.req_id, again.num_attempts) == (state.req_id, 2)
+    assert rig.feed(make_output(state.req_id, 4, [100])).resyncs == []  # on its way since before
+    assert texts(other) == ["x"]
+    rig.say(state, "cd")
+    assert texts(state) == ["abcd"]
+
+
+def test_a_request_whose_tokens_get_lost_again_and_again_fails_alone() -> None:
+    rig = make_rig()
+    state, other = rig.open("a"), rig.open("b")
+    for number in range(3):
+        assert len(rig.feed(make_output(state.req_id, number + 1, [99])).resyncs) == 1
+        rig.say(state, "a")
+    result = rig.feed(make_output(state.req_id, 5, [99]), make_output(other.req_id, 0, [120]))
     assert result.failed_req_ids == [state.req_id]
     assert isinstance(state.failure, EngineGenerateError)
     output = state.take()
