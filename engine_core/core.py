@@ -8,7 +8,7 @@ the clock, so that the scheduler need not.
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from engine_core.block_hash import BlockHasher
 from engine_core.client_outputs import ClientOutputs, collect_outputs, last_words
@@ -50,10 +50,17 @@ class EngineCore:
     """
 
     def __init__(
-        self, config: EngineConfig, executor: Executor, ready: WorkerReady, *, epoch: int = 0
+        self,
+        config: EngineConfig,
+        executor: Executor,
+        ready: WorkerReady,
+        *,
+        epoch: int = 0,
+        hash_key: bytes | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         scheduling, cache = config.scheduler_config, config.cache_config
-        hasher = BlockHasher(os.urandom(32), cache.block_size)
+        hasher = BlockHasher(hash_key or os.urandom(32), cache.block_size)
         kv_cache = KVCacheManager(
             cache,
             hasher,
@@ -75,9 +82,10 @@ class EngineCore:
         self.scheduler = Scheduler(
             scheduling, kv_cache, vocab_size=ready.vocab_size, adapter_limit=adapter_limit
         )
-        self._intake = Intake(scheduling, hasher, request_limits)
+        self._intake = Intake(scheduling, hasher, request_limits, clock)
         self._executor = executor
         self._epoch = epoch
+        self._clock = clock
         self._groups: dict[bytes, dict[str, RequestGroup]] = {}
         self._undelivered: dict[bytes, ClientOutputs] = {}  # made without a step
         self.lingering = Lingering()
@@ -135,7 +143,7 @@ class EngineCore:
             self.scheduler.end(group.branches[index], FinishReason.ABORT)
             if group.is_finished:
                 del groups[req_id]
-                self.lingering.note_end(group, time.monotonic())
+                self.lingering.note_end(group, self._clock())
 
     def add_processed_logits(self, client: bytes, message: ProcessedLogits, frames: Frames) -> None:
         """Take a row of logits back from the user's processors; their failure is the request's."""
@@ -151,7 +159,7 @@ class EngineCore:
 
     def remove_client(self, client: bytes) -> None:
         """Forget a client and everything it has open, but for what lingers without it."""
-        now_s = time.monotonic()
+        now_s = self._clock()
         for group in self._groups.pop(client, {}).values():
             if self.lingering.orphan(group, now_s):
                 self._groups.setdefault(NOBODY, {})[group.req_id] = group
@@ -209,13 +217,13 @@ class EngineCore:
             EngineError: nothing moves and nothing ever will. Dying of it is better than waiting:
                 a new core starts over with every open request.
         """
-        for group in self.lingering.expire(time.monotonic()) if len(self.lingering) else ():
+        for group in self.lingering.expire(self._clock()) if len(self.lingering) else ():
             self.end_group(group, FinishReason.ABORT, is_told=False)
         if self._control.is_holding:
             return False
         has_submitted = False
         while self.scheduler.num_steps_in_flight < self.scheduler.max_steps_in_flight:
-            planned = self.scheduler.schedule(time.monotonic())
+            planned = self.scheduler.schedule(self._clock())
             if planned is None:
                 break
             self._executor.submit(*planned)
@@ -230,7 +238,7 @@ class EngineCore:
         Raises:
             ProtocolError: it is not the answer that is due.
         """
-        now_s = time.monotonic()
+        now_s = self._clock()
         result = self.scheduler.update_from_output(output, now_s)
         told, self._undelivered = self._undelivered, {}
         collect_outputs(result, frames, told, time.time() - now_s)

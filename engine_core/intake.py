@@ -1,7 +1,7 @@
 """From a client's message to the branches that the scheduler runs."""
 
 import logging
-import time
+from collections.abc import Callable
 
 from engine_core.block_hash import BlockHasher, ExtraKeys
 from engine_core.kv_cache_manager import KVCacheManager
@@ -23,11 +23,16 @@ class Intake:
     """Owns the order of arrival and what a request may ask."""
 
     def __init__(
-        self, config: SchedulerConfig, hasher: BlockHasher, request_limits: RequestLimits
+        self,
+        config: SchedulerConfig,
+        hasher: BlockHasher,
+        request_limits: RequestLimits,
+        clock: Callable[[], float],
     ) -> None:
         self._is_by_priority = config.policy == "priority"
         self._hasher = hasher
         self._limits = request_limits
+        self._clock = clock
         self._num_arrived = 0
 
     def admit(self, client: bytes, request: AddRequest) -> RequestGroup:
@@ -47,7 +52,7 @@ class Intake:
             prompt_token_ids=request.prompt_token_ids,
             params=request.params,
             eos_token_ids=frozenset(request.eos_token_ids),
-            arrival_s=time.monotonic(),
+            arrival_s=self._clock(),
             root_hash=self._hasher.root(extra),
             adapter_id=extra.adapter_id,
         )
