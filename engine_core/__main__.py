@@ -51,7 +51,7 @@ def _make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--curve-keys", type=Path, help="directory made by 'heliograph keys DIR'")
     for name in ("--core", "--embedded"):
         parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
-    for name in ("--epoch", "--status-fd", "--death-fd", "--parent-pid"):
+    for name in ("--epoch", "--status-fd", "--death-fd", "--parent-pid", "--progress-fd"):
         parser.add_argument(name, type=int, help=argparse.SUPPRESS)
     return parser
 
@@ -65,6 +65,7 @@ def _run_core(options: argparse.Namespace) -> int:
         epoch=options.epoch,
         status_fd=options.status_fd,
         death_fd=options.death_fd,
+        progress_fd=options.progress_fd,
     )
     return CoreProcess(core_options).run()
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import msgspec
 
 from engine_core.core_server import CoreServer, settle_garbage_collection
+from engine_core.hang_watch import print_stacks_when_asked
+from engine_core.progress import ProgressPage
 from engine_core.start import StartedCore, start_core
 from ipc.channel import RouterChannel
 from ipc.config import EngineConfig, decode_config
@@ -43,6 +45,7 @@ class CoreOptions:
     epoch: int
     status_fd: int
     death_fd: int
+    progress_fd: int | None = None
 
 
 class CoreProcess:
@@ -52,10 +55,13 @@ class CoreProcess:
         self._options = options
         self._status = StatusWriter(options.status_fd)
         self._phase = "starting"
+        fd = options.progress_fd
+        self._progress = None if fd is None else ProgressPage(fd)
 
     def run(self) -> ExitCode:
         """Start, serve until told to stop, and clean up."""
         die_with(self._options.death_fd)
+        print_stacks_when_asked()
         try:
             config = with_worker_processes(decode_config(sys.stdin.buffer.read()))
             channel = self._bind()
@@ -93,7 +99,9 @@ class CoreProcess:
     def _serve(self, started: StartedCore, channel: "RouterChannel[FrontendToCore]") -> ExitCode:
         signals = SignalWatch(signal.SIGTERM, signal.SIGINT)
         welcome = self._introduce(started.welcome)
-        server = CoreServer(started.core, started.executor, channel, welcome, signals)
+        server = CoreServer(
+            started.core, started.executor, channel, welcome, signals, self._progress
+        )
         settle_garbage_collection()
         self._status.write(Listening(self._address, os.getpid(), self._options.epoch))
         try:

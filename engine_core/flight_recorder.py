@@ -22,9 +22,11 @@ from engine_core.recording import (
     NewName,
     Planned,
     RecordingFile,
+    live_path,
 )
 from executor.executor import Executor
 from ipc.config import EngineConfig, encode_config
+from ipc.errors import ConfigError
 from ipc.messages import (
     AbortBranches,
     AbortRequests,
@@ -175,10 +177,31 @@ def name_rows(core: EngineCore, plans: list[SchedulerOutput]) -> list[list[NewNa
     """The requests of each plan's new rows."""
     if not any(plan.new_rows for plan in plans):
         return []
-    by_row = {r.row: NewName(r.row, r.req_id, r.index) for r in core.scheduler.lifecycle.running}
+    running = core.scheduler.lifecycle.running
+    by_row = {r.row: NewName(r.row, r.req_id, r.index) for r in running if r.row is not None}
     unknown = NewName(-1, "", 0)
     return [[by_row.get(new.row, unknown) for new in plan.new_rows] for plan in plans]
 
 
 def _sizes(frames: Frames) -> list[int]:
     return [memoryview(frame).nbytes for frame in frames]
+
+
+def make_core(
+    config: EngineConfig, executor: Executor, ready: WorkerReady, *, epoch: int
+) -> EngineCore:
+    """A core, recorded where the config asks for it.
+
+    Raises:
+        ConfigError: the directory cannot be written to.
+    """
+    directory = config.parallel_config.flight_record_dir
+    if directory is None:
+        return EngineCore(config, executor, ready, epoch=epoch)
+    path = live_path(directory, os.getpid())
+    try:
+        path.unlink(missing_ok=True)
+        file = RecordingFile(path, config.parallel_config.flight_recorder_mb * 2**20)
+    except OSError as err:
+        raise ConfigError(f"--flight-record-dir {directory}: {err.strerror}") from err
+    return RecordedCore(config, executor, ready, file=file, epoch=epoch)

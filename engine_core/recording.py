@@ -5,6 +5,7 @@ answers, the times that it read) and what it decided (plans). The live file is m
 it outlives any death of its writer; what is saved of it is one msgpack array. Token ids are in it.
 """
 
+import logging
 import mmap
 import os
 from pathlib import Path
@@ -25,9 +26,13 @@ from ipc.operations import AnyOperation
 from ipc.records import Message
 
 VERSION = 1
+MAX_KEPT = 10  # recordings in a directory
 _MAGIC = b"HELIOREC"
 _HEADER_BYTES = 16  # the magic word, then where the entries end
 _LENGTH_BYTES = 4  # in front of each entry
+
+
+logger = logging.getLogger(__name__)
 
 
 class Begin(Message, frozen=True):
@@ -168,3 +173,29 @@ def read_recording(path: Path) -> list[Entry]:
     if not entries or not isinstance(entries[0], Begin) or entries[0].version != VERSION:
         raise ConfigError(f"{path} does not begin as a recording of version {VERSION}")
     return entries
+
+
+def live_path(directory: str, pid: int) -> Path:
+    """Where the core of this process records."""
+    return Path(directory) / f".live-{pid}"
+
+
+def settle_recording(directory: str | None, pid: int, epoch: int, *, is_clean: bool) -> Path | None:
+    """Keep what a core that is gone has recorded, unless it ended well; the newest few are kept."""
+    if directory is None or not (live := live_path(directory, pid)).exists():
+        return None
+    target = live.with_name(f"core-{pid}-epoch-{epoch}.flight")
+    try:
+        if is_clean:
+            return None
+        save_recording(live, target)
+    except (OSError, ConfigError) as err:
+        logger.warning("the recording of a lost core could not be kept: %s", err)
+        return None
+    finally:
+        live.unlink(missing_ok=True)
+    kept = sorted(Path(directory).glob("core-*.flight"), key=lambda path: path.stat().st_mtime)
+    for path in kept[:-MAX_KEPT]:
+        path.unlink(missing_ok=True)
+    logger.warning("what the lost core did is recorded in %s (heliograph replay)", target)
+    return target

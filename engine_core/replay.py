@@ -1,7 +1,7 @@
 """Run a recorded engine core again, without workers, and stop where it decides differently.
 
-``python -m engine_core.replay FILE``. Sampled tokens come from the recording. Plans are differences,
-so equal plans up to a step mean equal rows, block tables and tokens at that step.
+``python -m engine_core.replay FILE``. Sampled tokens come from the recording. Plans are
+differences, so equal plans up to a step mean equal rows, block tables and tokens at that step.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from executor.executor import Frames, OnProgress
 from ipc.channel import MAX_EXTRA_FRAMES, MAX_MESSAGE_BYTES
 from ipc.config import decode_config
 from ipc.errors import ConfigError, EngineError
-from ipc.messages import ModelRunnerOutput, SchedulerOutput, WorkerReady
+from ipc.messages import SchedulerOutput, WorkerReady
 from ipc.operations import AnyOperation
 
 DIFFERENT = 1  # the exit code
@@ -57,9 +57,8 @@ class ReplayCounts:
 class ReplayedExecutor:
     """Stands for the workers: collects plans, and says to operations what was recorded."""
 
-    channels: Sequence[Any] = ()
-
     def __init__(self) -> None:
+        self.channels: list[Any] = []
         self.plans: list[SchedulerOutput] = []
         self.results: list[bytes] = []
         self.error = ""
@@ -186,16 +185,26 @@ class Replay:
         for field in SchedulerOutput.__struct_fields__:
             old, new = getattr(recorded, field), getattr(replayed, field)
             if old != new:
-                lines += [f"  {field}", f"    recorded: {old!r:.400}", f"    replayed: {new!r:.400}"]
+                lines += [
+                    f"  {field}",
+                    f"    recorded: {old!r:.400}",
+                    f"    replayed: {new!r:.400}",
+                ]
         if names != others:
-            lines += ["  new requests", f"    recorded: {names!r:.400}", f"    replayed: {others!r:.400}"]
+            lines += [
+                "  new requests",
+                f"    recorded: {names!r:.400}",
+                f"    replayed: {others!r:.400}",
+            ]
         rows = sorted({*recorded.rows, *replayed.rows})
         lines.append("  rows: " + ", ".join(f"{r}={self._names.get(r, '?')}" for r in rows)[:400])
         return "\n".join(lines)
 
     def _next_clock(self) -> float:
         if not self._clocks:
-            raise DivergenceError("the replayed core reads the time more often than the recorded one")
+            raise DivergenceError(
+                "the replayed core reads the time more often than the recorded one"
+            )
         return self._clocks.pop()
 
 
@@ -246,12 +255,13 @@ def main(arguments: list[str]) -> int:
     try:
         counts = replay(read_recording(path))
     except DivergenceError as err:
-        print(err)
+        sys.stdout.write(f"{err}\n")
         return DIFFERENT
     except ConfigError as err:
         sys.stderr.write(f"{err}\n")
         return 2
-    print(f"{counts.steps} steps in {counts.events} events, {counts.preemptions} preemptions: equal")
+    did = f"{counts.steps} steps in {counts.events} events, {counts.preemptions} preemptions"
+    sys.stdout.write(f"{did}: equal\n")
     return 0
 
 

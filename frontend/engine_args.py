@@ -230,6 +230,13 @@ class EngineArgs:
     recovery: bool = flag(
         True, help="go on with another core when one, or a worker, dies; without, end with it"
     )
+    flight_record_dir: str | None = flag(
+        None, help="keep a recording of a lost engine core here, prompts included, for replay"
+    )
+    flight_recorder_mb: int = flag(64, help="MiB after which a core's recording ends")
+    loading_hang_s: float = flag(600.0, help="end a core that loads without progress; 0: never")
+    compiling_hang_s: float = flag(600.0, help="the same while it compiles or warms up")
+    stepping_hang_s: float = flag(30.0, help="the same while it has requests to serve")
     executor_class: str | None = flag(None, help="executor of your own, as package.module:Class")
     disable_sliding_window: bool = flag(
         False, help="attend to everything, and limit the length to the model's sliding window"
@@ -351,6 +358,11 @@ class EngineArgs:
             worker_threads=self.worker_threads,
             iteration_timeout_s=float(self.engine_iteration_timeout),
             enable_recovery=self.recovery,
+            flight_record_dir=self.flight_record_dir,
+            flight_recorder_mb=self.flight_recorder_mb,
+            loading_hang_s=float(self.loading_hang_s),
+            compiling_hang_s=float(self.compiling_hang_s),
+            stepping_hang_s=float(self.stepping_hang_s),
         )
 
     def _load_config(self) -> LoadConfig:

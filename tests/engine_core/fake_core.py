@@ -4,6 +4,7 @@ Each request gets one token a step, as many as it asked for; token i of a reques
 """
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from ipc.config import EngineConfig, ModelConfig
@@ -82,6 +83,7 @@ class FakeCore:
         self.removed_clients: list[bytes] = []
         self.processed_logits: list[bytes] = []
         self._step_id = 0
+        self.scheduler = SimpleNamespace(num_planned_steps=0)  # a counter that nobody checks
 
     @property
     def has_unfinished(self) -> bool:

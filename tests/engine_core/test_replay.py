@@ -1,4 +1,4 @@
-"""A recorded core runs again exactly; a difference is found where it is; any file is safe to open."""
+"""A recorded core runs again exactly; a difference is found; any file is safe to open."""
 
 import random
 import subprocess
