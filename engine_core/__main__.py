@@ -59,7 +59,14 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     for name in ("--core", "--embedded"):
         parser.add_argument(name, action="store_true", help=argparse.SUPPRESS)
-    for name in ("--epoch", "--status-fd", "--death-fd", "--record-fd", "--parent-pid"):
+    for name in (
+        "--epoch",
+        "--status-fd",
+        "--death-fd",
+        "--record-fd",
+        "--progress-fd",
+        "--parent-pid",
+    ):
         parser.add_argument(name, type=int, help=argparse.SUPPRESS)
     return parser
 
@@ -75,6 +82,7 @@ def _run_core(options: argparse.Namespace) -> int:
         death_fd=options.death_fd,
         drain_s=options.shutdown_timeout,
         record_fd=options.record_fd,
+        progress_fd=options.progress_fd,
     )
     return CoreProcess(core_options).run()
 

@@ -8,7 +8,7 @@ the clock, so that the scheduler need not.
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from engine_core.block_hash import BlockHasher
 from engine_core.client_outputs import (
@@ -64,9 +64,11 @@ class EngineCore:
         *,
         epoch: int = 0,
         record: FlightRecord | None = None,
+        hash_key: bytes | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         scheduling, cache = config.scheduler_config, config.cache_config
-        hasher = BlockHasher(os.urandom(32), cache.block_size)
+        hasher = BlockHasher(hash_key or os.urandom(32), cache.block_size)
         kv_cache = KVCacheManager(
             cache,
             hasher,
@@ -93,6 +95,7 @@ class EngineCore:
         self._trial = Trial(self, record)
         self._executor = executor
         self._epoch = epoch
+        self._clock = clock
         self._groups: dict[bytes, dict[str, RequestGroup]] = {}
         self._undelivered: dict[bytes, ClientOutputs] = {}  # made without a step
         self.lingering = Lingering()
@@ -107,7 +110,7 @@ class EngineCore:
             # Answering under this id would end the request that already has it.
             logger.warning("request id %r came twice from one client: ignored", request.req_id)
             return
-        now_s, room = time.monotonic(), self.scheduler.lifecycle.room
+        now_s, room = self._clock(), self.scheduler.lifecycle.room
         try:
             self._trial.check(request)
             self.lingering.check(request)
@@ -146,7 +149,7 @@ class EngineCore:
             self.scheduler.end(group.branches[index], FinishReason.ABORT)
             if group.is_finished:
                 del groups[req_id]
-                self.lingering.note_end(group, time.monotonic())
+                self.lingering.note_end(group, self._clock())
 
     def add_processed_logits(self, client: bytes, message: ProcessedLogits, frames: Frames) -> None:
         """Take a row of logits back from the user's processors; their failure is the request's."""
@@ -162,7 +165,7 @@ class EngineCore:
 
     def remove_client(self, client: bytes) -> None:
         """Forget a client and everything it has open, but for what lingers without it."""
-        now_s = time.monotonic()
+        now_s = self._clock()
         for group in self._groups.pop(client, {}).values():
             if self.lingering.orphan(group, now_s):
                 self._groups.setdefault(NOBODY, {})[group.req_id] = group
@@ -217,7 +220,7 @@ class EngineCore:
             EngineError: nothing moves and nothing ever will. Dying of it is better than waiting:
                 a new core starts over with every open request.
         """
-        now_s = time.monotonic()
+        now_s = self._clock()
         for group in self.lingering.expire(now_s) if len(self.lingering) else ():
             self.end_group(group, FinishReason.ABORT)
         for group, (reason, error, kind) in self.gate.take_overdue(now_s):
@@ -227,7 +230,7 @@ class EngineCore:
         has_submitted = False
         self._trial.advance()
         while self.scheduler.num_steps_in_flight < self.scheduler.max_steps_in_flight:
-            planned = self.scheduler.schedule(time.monotonic())
+            planned = self.scheduler.schedule(self._clock())
             if planned is None:
                 break
             self._trial.note_step(planned[0])
@@ -243,7 +246,7 @@ class EngineCore:
         Raises:
             ProtocolError: it is not the answer that is due.
         """
-        now_s = time.monotonic()
+        now_s = self._clock()
         result = self.scheduler.update_from_output(output, now_s)
         told, self._undelivered = self._undelivered, {}
         collect_outputs(result, frames, told, time.time() - now_s)

@@ -16,6 +16,8 @@ import msgspec
 from engine_core.core_server import CoreServer, settle_garbage_collection
 from engine_core.drain import Drain
 from engine_core.flight_record import FlightRecord
+from engine_core.hang_watch import print_stacks_when_asked
+from engine_core.progress import ProgressPage
 from engine_core.start import StartedCore, start_core
 from ipc.channel import RouterChannel
 from ipc.config import EngineConfig, decode_config
@@ -46,6 +48,7 @@ class CoreOptions:
     status_fd: int
     death_fd: int
     record_fd: int
+    progress_fd: int | None = None
     drain_s: float = 0.0  # how long open requests may go on after a signal to stop
 
 
@@ -56,10 +59,13 @@ class CoreProcess:
         self._options = options
         self._status = StatusWriter(options.status_fd)
         self._phase = "starting"
+        fd = options.progress_fd
+        self._progress = None if fd is None else ProgressPage(fd)
 
     def run(self) -> ExitCode:
         """Start, serve until told to stop, and clean up."""
         die_with(self._options.death_fd)
+        print_stacks_when_asked()
         try:
             config = with_worker_processes(decode_config(sys.stdin.buffer.read()))
             channel = self._bind()
@@ -103,7 +109,9 @@ class CoreProcess:
         signals = SignalWatch(signal.SIGTERM, signal.SIGINT)
         welcome = self._introduce(started.welcome)
         drain = Drain(started.core, self._options.drain_s)
-        server = CoreServer(started.core, started.executor, channel, welcome, signals, drain)
+        server = CoreServer(
+            started.core, started.executor, channel, welcome, signals, drain, self._progress
+        )
         settle_garbage_collection()
         self._status.write(Listening(self._address, os.getpid(), self._options.epoch))
         try:

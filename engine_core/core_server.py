@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from engine_core.dispatch import answer_call, dispatch
 from engine_core.drain import Drain
 from engine_core.outbox import FrontendState
+from engine_core.progress import Phase, ProgressPage, make_page_file
 from ipc.channel import RouterChannel, wait
 from ipc.config import EngineConfig, encode_config
 from ipc.errors import ExitCode, ProtocolError
@@ -46,6 +47,7 @@ MAX_FRONTENDS = 1024
 
 _MAX_MESSAGES_PER_PASS = 256  # then a step: a flood must not stop the others' tokens
 _SETTLED_S = 1.0  # idle for so long: collect garbage
+_BEAT_S = 0.25  # the longest sleep with open requests: whoever watches wants to see us move
 _IDLE_S = 5.0  # the longest sleep while there are frontends to look after
 _GC_THRESHOLDS = (100_000, 50, 100)  # in case a core is never idle
 
@@ -67,6 +69,7 @@ class CoreServer:
         welcome: Welcome,
         signals: SignalWatch,
         drain: Drain,
+        progress: ProgressPage | None = None,
     ) -> None:
         self._core = core
         self._executor = executor
@@ -74,6 +77,7 @@ class CoreServer:
         self._welcome = welcome
         self._signals = signals
         self._drain = drain
+        self._progress = ProgressPage(make_page_file()) if progress is None else progress
         self._frontends: dict[bytes, FrontendState] = {}
         self._next_check_s = 0.0
         self._has_garbage = False
@@ -81,6 +85,7 @@ class CoreServer:
     def run(self) -> None:
         """Serve until a termination signal, and the drain after it; frontends are told."""
         while (reason := self._stop_reason()) is None:
+            self._beat(Phase.STEPPING, has_work=True)
             has_moved = self._drain_frontends()
             has_moved |= self._step()
             if time.monotonic() >= self._next_check_s:
@@ -126,16 +131,22 @@ class CoreServer:
 
     def _rest(self) -> None:
         timeout_s = _IDLE_S if self._frontends else None
-        if self._has_garbage and not self._core.has_unfinished:
+        if self._core.has_unfinished:
+            timeout_s = _BEAT_S
+        elif self._has_garbage:
             timeout_s = _SETTLED_S
         for moment_s in (self._core.gate.next_deadline_s, self._drain.ends_s):
             if moment_s is not None:
                 left_s = max(0.0, moment_s - time.monotonic())
                 timeout_s = left_s if timeout_s is None else min(timeout_s, left_s)
+        self._beat(Phase.STEPPING, has_work=self._core.has_unfinished)
         ready = wait([self._channel, *self._executor.channels, self._signals.fileno()], timeout_s)
         if not ready and self._has_garbage and not self._core.has_unfinished:
             gc.collect()
             self._has_garbage = False
+
+    def _beat(self, phase: Phase, *, has_work: bool) -> None:
+        self._progress.write(phase, self._core.scheduler.num_planned_steps, has_work)
 
     # ------------------------------------------------------------ frontends
 
@@ -169,6 +180,7 @@ class CoreServer:
             case Goodbye():
                 self._remove(peer, "it said goodbye")
             case Call():
+                self._beat(Phase.OPERATION, has_work=True)
                 self._send(peer, answer_call(self._core, message))
             case _:
                 try:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from engine_core.core import EngineCore
 from engine_core.core_server import make_welcome
 from engine_core.flight_record import FlightRecord
+from engine_core.flight_recorder import make_core
 from executor.executor import Executor, OnProgress, make_executor
 from ipc.config import EngineConfig
 from ipc.messages import Welcome
@@ -39,7 +40,7 @@ def start_core(
     executor = make_executor(config) if executor_class is None else executor_class(config)
     try:
         ready = executor.start(on_progress)
-        core = EngineCore(config, executor, ready, epoch=epoch, record=record)
+        core = make_core(config, executor, ready, epoch=epoch, record=record)
     except BaseException:
         executor.shutdown()
         raise

@@ -20,7 +20,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine_core.autopsy import Autopsy
+from engine_core.hang_watch import LOOK_EVERY_S, HangWatch
 from engine_core.memory_kills import count_memory_kills
+from engine_core.progress import make_page_file
+from engine_core.recording import settle_recording
 from engine_core.restart_policy import Death, RestartPolicy
 from ipc.addresses import find_runtime_directory, make_ipc_directory, sweep_stale_directories
 from ipc.config import decode_config
@@ -55,6 +58,7 @@ class Core:
     epoch: int
     num_memory_kills: int  # of the whole machine's count, when it was started
     started_s: float
+    hangs: HangWatch
     phase: str = "starting"
     is_listening: bool = False
     was_killed: bool = False  # by us, while it ran
@@ -167,19 +171,23 @@ class Supervisor:
 
     def _spawn(self, epoch: int) -> Core:
         death_read, death_write = os.pipe()
+        progress = make_page_file()
         status_read, status_write = os.pipe()
         arguments = ["--core", "--listen", self._listen, "--epoch", str(epoch)]
         arguments += ["--status-fd", str(status_write), "--death-fd", str(death_read)]
         arguments += ["--record-fd", str(self._autopsy.descriptor)]
+        arguments += ["--progress-fd", str(progress)]
         process = subprocess.Popen(
             python_command("engine_core", *arguments, *self._given.flags),
             stdin=subprocess.PIPE,
-            pass_fds=(status_write, death_read, self._autopsy.descriptor),
+            pass_fds=(status_write, death_read, self._autopsy.descriptor, progress),
             env=child_environment(),
             process_group=0,  # so that the terminal's Ctrl-C reaches the supervisor alone
         )
         os.close(death_read)
         os.close(status_write)
+        hangs = HangWatch(progress, process.pid, self._parallel)
+        os.close(progress)
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError), process.stdin:
             process.stdin.write(self._given.config)
@@ -191,6 +199,7 @@ class Supervisor:
             epoch,
             num_memory_kills=count_memory_kills(),
             started_s=time.monotonic(),
+            hangs=hangs,
         )
 
     def _watch(self, core: Core) -> bool:
@@ -211,15 +220,27 @@ class Supervisor:
                 return False
             if not self._take_signals(core):
                 return True
+            if self._kill_at_s is None and self._is_hung(core):
+                return False
             if self._milliseconds_left() == 0:
                 core.was_killed = core.failure is None
                 return self._is_stopping
+
+    def _is_hung(self, core: Core) -> bool:
+        if (reason := core.hangs.find()) is None:
+            return False
+        exit_code = ExitCode.CORE_DIED if core.is_listening else ExitCode.START_FAILED
+        core.failure, core.was_killed = EngineFailed(core.epoch, reason, exit_code), True
+        if core.epoch == 0 and not core.is_listening:
+            self._report(core.failure)
+        return True
 
     def _read_status(self, core: Core) -> None:
         for status in core.status.read():
             match status:
                 case LoadProgress():
                     core.phase = status.phase
+                    core.hangs.note_loading(status.phase)
                 case Listening():
                     core.is_listening = True
                     self._listen = status.address  # a port that was free is ours from now on
@@ -250,9 +271,9 @@ class Supervisor:
             core.process.terminate()
         return True
 
-    def _milliseconds_left(self) -> int | None:
+    def _milliseconds_left(self) -> int:
         if self._kill_at_s is None:
-            return None
+            return round(LOOK_EVERY_S * 1000)
         return max(0, round((self._kill_at_s - time.monotonic()) * 1000))
 
     def _end(self, core: Core) -> int:
@@ -262,6 +283,13 @@ class Supervisor:
         self._read_status(core)
         _reap_orphans(time.monotonic() + REAP_S)
         core.status.close()
+        core.hangs.close()
+        settle_recording(
+            self._parallel.flight_record_dir,
+            core.process.pid,
+            core.epoch,
+            is_clean=return_code == ExitCode.CLEAN,
+        )
         os.close(core.pidfd)
         os.close(core.death_pipe)
         self._kill_at_s = None

@@ -1,4 +1,4 @@
-"""The command ``heliograph``: serve, complete, chat, run, run-batch, compile-kernels, keys.
+"""The command ``heliograph``: serve, complete, chat, run, run-batch, compile-kernels, replay, keys.
 
 Each command imports what it needs when it runs, so that ``--version`` and ``--help`` are instant.
 """
@@ -160,6 +160,15 @@ def compile_kernels(argv: Sequence[str]) -> int:
 
 
 Command = Callable[[Sequence[str]], int]
+
+
+def replay(argv: Sequence[str]) -> int:
+    """Run a recording of a lost engine core again."""
+    from frontend.replay import main as replay_main
+
+    return replay_main(argv)
+
+
 COMMANDS: dict[str, tuple[Command, str]] = {
     "serve": (serve, "serve a model over HTTP"),
     "complete": (complete, "print the completion of one prompt"),
@@ -167,6 +176,7 @@ COMMANDS: dict[str, tuple[Command, str]] = {
     "run": (run, "run a Python program written for vLLM"),
     "run-batch": (run_batch, "answer the requests of a JSONL file"),
     "compile-kernels": (compile_kernels, "compile a model's kernels ahead of its start"),
+    "replay": (replay, "run a recorded engine's scheduler again"),
     "keys": (keys, "make key pairs for engines on tcp:// addresses"),
 }
 

@@ -235,6 +235,13 @@ class EngineArgs:
     recovery: bool = flag(
         True, help="go on with another core when one, or a worker, dies; without, end with it"
     )
+    flight_record_dir: str | None = flag(
+        None, help="keep a recording of a lost engine core here, prompts included, for replay"
+    )
+    flight_recorder_mb: int = flag(64, help="MiB after which a core's recording ends")
+    loading_hang_s: float = flag(600.0, help="end a core that loads without progress; 0: never")
+    compiling_hang_s: float = flag(600.0, help="the same while it compiles or warms up")
+    stepping_hang_s: float = flag(30.0, help="the same while it has requests to serve")
     executor_class: str | None = flag(None, help="executor of your own, as package.module:Class")
     disable_sliding_window: bool = flag(
         False, help="attend to everything, and limit the length to the model's sliding window"
@@ -356,6 +363,11 @@ class EngineArgs:
             worker_threads=self.worker_threads,
             iteration_timeout_s=float(self.engine_iteration_timeout),
             enable_recovery=self.recovery,
+            flight_record_dir=self.flight_record_dir,
+            flight_recorder_mb=self.flight_recorder_mb,
+            loading_hang_s=float(self.loading_hang_s),
+            compiling_hang_s=float(self.compiling_hang_s),
+            stepping_hang_s=float(self.stepping_hang_s),
         )
 
     def _load_config(self) -> LoadConfig:
@@ -373,7 +385,8 @@ class EngineArgs:
         max_num_batched_tokens = self.max_num_batched_tokens
         if max_num_batched_tokens is None:
             max_num_batched_tokens = max(
-                self._default_token_budget(max_model_len, device), self.max_num_seqs
+                _default_token_budget(self.enable_chunked_prefill, max_model_len, device),
+                self.max_num_seqs,
             )
         return SchedulerConfig(
             max_num_batched_tokens=max_num_batched_tokens,
@@ -391,11 +404,14 @@ class EngineArgs:
             max_prefill_slowdown=self.max_prefill_slowdown,
         )
 
-    def _default_token_budget(self, max_model_len: int, device: str) -> int:
-        """512 where chunking was asked for, as in 2024: short steps. Else a balance."""
-        if is_unset(self.enable_chunked_prefill):
-            return 8192 if device == "cuda" else 2048
-        return 512 if self.enable_chunked_prefill else max(max_model_len, 2048)
+
+def _default_token_budget(
+    enable_chunked_prefill: bool | None, max_model_len: int, device: str
+) -> int:
+    """512 where chunking was asked for, as in 2024: short steps. Else a balance."""
+    if is_unset(enable_chunked_prefill):
+        return 8192 if device == "cuda" else 2048
+    return 512 if enable_chunked_prefill else max(max_model_len, 2048)
 
 
 @dataclass

@@ -241,6 +241,14 @@ def _check_worker(config: ParallelConfig) -> None:
             f"--engine-iteration-timeout must be between 0 and {_MAX_TIMEOUT_S:g} s, "
             f"got {config.iteration_timeout_s:g}"
         )
+    for name in ("loading_hang_s", "compiling_hang_s", "stepping_hang_s"):
+        if not 0 <= (value := getattr(config, name)) <= _MAX_TIMEOUT_S:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} must be between 0 and {_MAX_TIMEOUT_S:g} s, got {value:g}")
+    if not 1 <= config.flight_recorder_mb <= 4096:
+        raise ConfigError(
+            f"--flight-recorder-mb must be between 1 and 4096, got {config.flight_recorder_mb}"
+        )
     if config.worker_threads is not None and not 1 <= config.worker_threads <= _MAX_WORKERS:
         raise ConfigError(
             f"--worker-threads must be between 1 and {_MAX_WORKERS}, got {config.worker_threads}"

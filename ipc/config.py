@@ -126,6 +126,11 @@ class ParallelConfig:
     worker_threads: int | None = None  # CPU device: torch threads per worker; None: all cores
     iteration_timeout_s: float = 60.0  # without a result for so long workers are stuck; 0: never
     enable_recovery: bool = True  # start another core when one is lost
+    flight_record_dir: str | None = None  # where recordings of lost cores are kept; None: none is
+    flight_recorder_mb: int = 64  # of one core's recording, which ends when it is full
+    loading_hang_s: float = 600.0  # a core without progress for so long is ended; 0: never
+    compiling_hang_s: float = 600.0
+    stepping_hang_s: float = 30.0
 
     @property
     def world_size(self) -> int:

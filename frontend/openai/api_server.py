@@ -30,6 +30,7 @@ from frontend.openai.errors import (
     on_error,
     on_http_error,
 )
+from frontend.openai.health import live, notes_of, progress, ready
 from frontend.openai.models import list_models, show_model
 from frontend.openai.protocol import (
     ChatCompletionRequest,
@@ -202,6 +203,24 @@ async def health(request: Request) -> Response:
         response.status_code = 503
         return response
     return Response()
+
+
+@router.get("/health/live")
+async def health_live() -> Response:
+    """200: this process answers."""
+    return await live()
+
+
+@router.get("/health/ready")
+async def health_ready(request: Request) -> Response:
+    """200 when requests are taken; 503 with the phase while they are not."""
+    return await ready(_state(request))
+
+
+@router.get("/health/progress")
+async def health_progress(request: Request) -> Response:
+    """Steps, phase, and seconds without a step while there is work."""
+    return await progress(_state(request), notes_of(request))
 
 
 @router.get("/ping")

@@ -12,7 +12,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from frontend.openai.errors import json_response
 
-OPEN_PATHS = frozenset({"/health", "/ping", "/metrics", "/version"})
+OPEN_PATHS = frozenset(
+    {"/health", "/health/live", "/health/ready", "/ping", "/metrics", "/version"}
+)
 
 
 class Authentication:

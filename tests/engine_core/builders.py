@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine_core.core import EngineCore, Outputs
+from engine_core.client_outputs import Outputs
+from engine_core.core import EngineCore
 from engine_core.scheduler import Scheduler
 from ipc.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from ipc.messages import (

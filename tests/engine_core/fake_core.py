@@ -5,6 +5,7 @@ Each request gets one token a step, as many as it asked for; token i of a reques
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from ipc.config import EngineConfig, ModelConfig
@@ -93,6 +94,7 @@ class FakeCore:
         self.processed_logits: list[bytes] = []
         self.gate = FakeGate()
         self._step_id = 0
+        self.scheduler = SimpleNamespace(num_planned_steps=0)  # a counter that nobody checks
 
     @property
     def has_unfinished(self) -> bool:

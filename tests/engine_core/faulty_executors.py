@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,6 +78,21 @@ class PoisonedExecutor(ScriptedExecutor):
         if any(POISON in row.token_ids[: row.num_prompt_tokens] for row in plan.new_rows):
             os.abort()
         super().submit(plan, frames)
+
+
+class SleepingStepExecutor(ScriptedExecutor):
+    """A step that never ends, in the core's process; a core that replaces another one is well."""
+
+    def submit(self, plan: SchedulerOutput, frames: Frames = ()) -> None:
+        """Sleep as a deadlock does."""
+        if sys.argv[sys.argv.index("--epoch") + 1] == "0":
+            self.sleep_for_ever()
+        super().submit(plan, frames)
+
+    def sleep_for_ever(self) -> None:
+        """The name that a printed stack must hold."""
+        while True:
+            time.sleep(1.0)
 
 
 class DeadWorkerExecutor(ScriptedExecutor):
