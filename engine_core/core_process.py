@@ -17,6 +17,7 @@ from ipc.channel import RouterChannel
 from ipc.config import EngineConfig, decode_config
 from ipc.curve import load_server_keys
 from ipc.errors import ConfigError, EngineDeadError, EngineStartError, ExitCode
+from ipc.failpoints import arm_core
 from ipc.messages import EngineFailed, FrontendToCore, LoadProgress, frontend_to_core_decoder
 from ipc.processes import SignalWatch, die_with
 from ipc.status import Listening, StatusWriter
@@ -85,6 +86,7 @@ class CoreProcess:
     def _serve(self, started: StartedCore, channel: "RouterChannel[FrontendToCore]") -> ExitCode:
         signals = SignalWatch(signal.SIGTERM, signal.SIGINT)
         server = CoreServer(started.core, started.executor, channel, started.welcome, signals)
+        arm_core(decode_config(started.welcome.config).debug_config, started.core, server)
         settle_garbage_collection()
         self._status.write(Listening(self._address, os.getpid(), self._options.epoch))
         try:

@@ -44,6 +44,7 @@ from ipc.config import (
     encode_config,
 )
 from ipc.errors import ConfigError
+from ipc.failpoints import make_debug_config
 
 logger = logging.getLogger(__name__)
 
@@ -231,6 +232,8 @@ class EngineArgs:
     disable_sliding_window: bool = flag(
         False, help="attend to everything, and limit the length to the model's sliding window"
     )
+    debug_faults: bool = flag(False, help=argparse.SUPPRESS)  # admits the next one
+    failpoints: Names | None = flag(None, help=argparse.SUPPRESS)  # noqa: RUF009 - a field
 
     @staticmethod
     def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -273,6 +276,7 @@ class EngineArgs:
             device_config=device_config,
             load_config=load_config,
             decoding_config=DecodingConfig(self.guided_decoding_backend),
+            debug_config=make_debug_config(self.failpoints, is_debug=self.debug_faults),
             **optional_configs,  # type: ignore[arg-type]
         )
         check_features(draft)
