@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from executor.executor import Executor
 from ipc.errors import RequestError
+from ipc.messages import FinishReason
 from ipc.operations import (
     AnyOperation,
     CheckWorkers,
@@ -11,6 +12,7 @@ from ipc.operations import (
     IsPaused,
     IsSleeping,
     PauseGeneration,
+    ReclaimRequest,
     ResetPrefixCache,
     ResumeGeneration,
     Sleep,
@@ -57,6 +59,11 @@ class Control:
                 return [name for names in self._executor.call(operation) for name in names or ()]
             case CheckWorkers():
                 return self._executor.call(operation)
+            case ReclaimRequest(stream_id=stream_id, num_taken=num_taken):
+                reclaimed, group = self._core.lingering.reclaim(stream_id, num_taken)
+                if not group.is_finished:
+                    self._core.end_group(group, FinishReason.ABORT)
+                return reclaimed
 
     def _run_pause(self, operation: PauseGeneration | ResumeGeneration | IsPaused) -> bool | None:
         scheduler = self._core.scheduler

@@ -16,6 +16,7 @@ from engine_core.control import Control
 from engine_core.headroom import AdapterLimit
 from engine_core.intake import Intake, make_limits
 from engine_core.kv_cache_manager import KVCacheManager
+from engine_core.lingering import NOBODY, Lingering
 from engine_core.request import Request, RequestGroup
 from engine_core.request_checks import RequestLimits
 from engine_core.scheduler import Scheduler
@@ -79,6 +80,7 @@ class EngineCore:
         self._epoch = epoch
         self._groups: dict[bytes, dict[str, RequestGroup]] = {}
         self._undelivered: dict[bytes, ClientOutputs] = {}  # made without a step
+        self.lingering = Lingering()
         self._control = Control(self, executor)
 
     # ------------------------------------------------------------ messages about requests
@@ -91,6 +93,7 @@ class EngineCore:
             logger.warning("request id %r came twice from one client: ignored", request.req_id)
             return
         try:
+            self.lingering.check(request)
             group = self._intake.admit(client, request)
         except RequestError as err:
             refusal = EngineOutput(
@@ -109,6 +112,7 @@ class EngineCore:
                 self._tell(client, last_words(branch))  # its last output was lost on the way
         if not group.is_finished:
             groups[request.req_id] = group
+            self.lingering.add(request, group)
             self.scheduler.add(group)
 
     def abort_requests(self, client: bytes, req_ids: Iterable[str]) -> None:
@@ -117,6 +121,7 @@ class EngineCore:
         for req_id in req_ids:
             group = groups.pop(req_id, None)
             if group is not None:
+                self.lingering.forget(group)
                 self._end(group, FinishReason.ABORT)
                 self._undelivered.setdefault(client, ClientOutputs())  # the state has changed
 
@@ -130,6 +135,7 @@ class EngineCore:
             self.scheduler.end(group.branches[index], FinishReason.ABORT)
             if group.is_finished:
                 del groups[req_id]
+                self.lingering.note_end(group, time.monotonic())
 
     def add_processed_logits(self, client: bytes, message: ProcessedLogits, frames: Frames) -> None:
         """Take a row of logits back from the user's processors; their failure is the request's."""
@@ -139,29 +145,40 @@ class EngineCore:
         try:
             logits = self._intake.read_logits(message, frames)
         except ProtocolError as err:
-            self.fail_group(group, f"logits processor: {err}")
+            self.end_group(group, FinishReason.ERROR, f"logits processor: {err}")
             return
         self.scheduler.add_processed_logits(group.branches[message.index], message.position, logits)
 
     def remove_client(self, client: bytes) -> None:
-        """Forget a client and everything it has open."""
+        """Forget a client and everything it has open, but for what lingers without it."""
+        now_s = time.monotonic()
         for group in self._groups.pop(client, {}).values():
-            self._end(group, FinishReason.ABORT)
+            if self.lingering.orphan(group, now_s):
+                self._groups.setdefault(NOBODY, {})[group.req_id] = group
+            else:
+                self._end(group, FinishReason.ABORT)
         self._undelivered.pop(client, None)
 
-    def fail_group(self, group: RequestGroup, error: str) -> None:
-        """End a whole request with an error, and tell its client."""
+    def end_group(
+        self,
+        group: RequestGroup,
+        reason: FinishReason,
+        error: str | None = None,
+        *,
+        is_told: bool = True,
+    ) -> None:
+        """End a whole request that is open, for good; its client is told unless it knows."""
         self._groups[group.client].pop(group.req_id)
-        for branch in self._end(group, FinishReason.ERROR, error):
-            self._tell(group.client, last_words(branch))
+        self.lingering.forget(group)
+        for branch in self._end(group, reason, error):
+            if is_told:
+                self._tell(group.client, last_words(branch))
 
     def abort_all(self) -> None:
         """End every open request and tell the clients."""
-        for client, groups in self._groups.items():
-            for group in groups.values():
-                for branch in self._end(group, FinishReason.ABORT):
-                    self._tell(client, last_words(branch))
-            groups.clear()
+        for groups in self._groups.values():
+            for group in tuple(groups.values()):
+                self.end_group(group, FinishReason.ABORT)
 
     def call(self, operation: AnyOperation) -> object:
         """Run a control operation; what it returns is documented with the operation.
@@ -192,6 +209,8 @@ class EngineCore:
             EngineError: nothing moves and nothing ever will. Dying of it is better than waiting:
                 a new core starts over with every open request.
         """
+        for group in self.lingering.expire(time.monotonic()) if len(self.lingering) else ():
+            self.end_group(group, FinishReason.ABORT, is_told=False)
         if self._control.is_holding:
             return False
         has_submitted = False
@@ -221,6 +240,7 @@ class EngineCore:
             group = request.group
             if group.is_finished:
                 self._groups.get(group.client, {}).pop(group.req_id, None)
+                self.lingering.note_end(group, now_s)
         return self._messages(told, result.step_id)
 
     def drain_outputs(self) -> Outputs:
@@ -246,7 +266,8 @@ class EngineCore:
 
     def stats(self) -> SchedulerStats:
         """The engine's state now."""
-        return scheduler_stats(self.scheduler, is_idle=not self.scheduler.has_requests)
+        is_idle = not self.scheduler.has_requests
+        return scheduler_stats(self.scheduler, is_idle=is_idle, num_restarts=self._epoch)
 
     def check_invariants(self) -> None:
         """Raise AssertionError unless requests, rows and blocks add up. For tests."""
@@ -276,4 +297,5 @@ class EngineCore:
         return [
             (client, EngineOutputs(self._epoch, step_id, t.outputs, t.logits_rows, stats), t.frames)
             for client, t in told.items()
+            if client != NOBODY
         ]

@@ -11,6 +11,8 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
+
 from engine_core.core_server import CoreServer, settle_garbage_collection
 from engine_core.start import StartedCore, start_core
 from ipc.channel import RouterChannel
@@ -18,7 +20,13 @@ from ipc.config import EngineConfig, decode_config
 from ipc.curve import load_server_keys
 from ipc.errors import ConfigError, EngineDeadError, EngineStartError, ExitCode
 from ipc.failpoints import arm_core
-from ipc.messages import EngineFailed, FrontendToCore, LoadProgress, frontend_to_core_decoder
+from ipc.messages import (
+    EngineFailed,
+    FrontendToCore,
+    LoadProgress,
+    Welcome,
+    frontend_to_core_decoder,
+)
 from ipc.processes import SignalWatch, die_with
 from ipc.status import Listening, StatusWriter
 
@@ -74,7 +82,7 @@ class CoreProcess:
         except ConfigError as err:
             return self._fail(ExitCode.CONFIG, str(err))
         except EngineStartError as err:
-            return self._fail(err.exit_code, str(err))
+            return self._fail(err.exit_code, str(err), err.killed_by)
         except Exception as err:
             logger.exception("the engine core could not start")
             return self._fail(ExitCode.START_FAILED, f"{self._phase}: {type(err).__name__}: {err}")
@@ -85,15 +93,16 @@ class CoreProcess:
 
     def _serve(self, started: StartedCore, channel: "RouterChannel[FrontendToCore]") -> ExitCode:
         signals = SignalWatch(signal.SIGTERM, signal.SIGINT)
-        server = CoreServer(started.core, started.executor, channel, started.welcome, signals)
-        arm_core(decode_config(started.welcome.config).debug_config, started.core, server)
+        welcome = self._introduce(started.welcome)
+        server = CoreServer(started.core, started.executor, channel, welcome, signals)
+        arm_core(decode_config(welcome.config).debug_config, started.core, server)
         settle_garbage_collection()
         self._status.write(Listening(self._address, os.getpid(), self._options.epoch))
         try:
             server.run()
         except EngineDeadError as err:
             server.announce_end(str(err), err.exit_code)
-            return self._fail(err.exit_code, str(err))
+            return self._fail(err.exit_code, str(err), err.killed_by)
         except Exception as err:
             logger.exception("the engine core failed")
             reason = f"the engine core failed: {type(err).__name__}: {err}"
@@ -105,8 +114,14 @@ class CoreProcess:
         self._phase = progress.phase
         self._status.write(progress)
 
-    def _fail(self, exit_code: ExitCode, reason: str) -> ExitCode:
-        self._status.write(EngineFailed(self._options.epoch, reason, exit_code))
+    def _introduce(self, welcome: Welcome) -> Welcome:
+        """Tell frontends whom to watch: this process, and who replaces it when it is lost."""
+        recovers = decode_config(welcome.config).parallel_config.enable_recovery
+        supervisor_pid = os.getppid() if recovers else 0
+        return msgspec.structs.replace(welcome, core_pid=os.getpid(), supervisor_pid=supervisor_pid)
+
+    def _fail(self, exit_code: ExitCode, reason: str, killed_by: int = 0) -> ExitCode:
+        self._status.write(EngineFailed(self._options.epoch, reason, exit_code, killed_by))
         return exit_code
 
 

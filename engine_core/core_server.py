@@ -135,6 +135,7 @@ class CoreServer:
                 self._channel.send(peer, Refused("the engine does not know you: say Hello first"))
             return
         frontend.last_heard_s = time.monotonic()
+        frontend.has_spoken = True
         match message:
             case Ack():
                 due = frontend.acknowledge(message.num_outputs, self._welcome.limits.credits)
@@ -153,6 +154,8 @@ class CoreServer:
                     logger.warning("%.64r sent an unusable tensor: %.200s", frontend.name, err)
 
     def _greet(self, peer: bytes, hello: Hello) -> None:
+        if (known := self._frontends.get(peer)) is not None and not known.has_spoken:
+            return  # it said Hello again while we were starting: it was answered
         reason = find_mismatch(hello)
         if len(self._frontends) >= MAX_FRONTENDS:
             self._drop_departed(0.0)

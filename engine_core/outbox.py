@@ -25,6 +25,7 @@ class FrontendState:
     pid: int
     credits: int
     last_heard_s: float
+    has_spoken: bool = False  # more than Hello
     pending: EngineOutputs | None = None
 
     def offer(self, outputs: EngineOutputs, frames: Frames) -> EngineOutputs | None:

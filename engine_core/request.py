@@ -8,7 +8,7 @@ import hashlib
 from dataclasses import dataclass, field
 from enum import IntEnum
 
-from ipc.messages import FinishReason, RowParams, TokenLogprobs
+from ipc.messages import FinishReason, Linger, RowParams, TokenLogprobs
 from ipc.sampling_params import SamplingParams
 
 
@@ -68,11 +68,18 @@ class RequestGroup:
     priority: int = 0
     branches: list["Request"] = field(default_factory=list)
     held_back: list["Request"] = field(default_factory=list)  # branches waiting for the leader
+    linger: Linger | None = None
 
     @property
     def is_finished(self) -> bool:
         """Whether every branch has ended."""
         return all(branch.finish_reason is not None for branch in self.branches)
+
+    def move_to_client(self, client: bytes, req_id: str) -> None:
+        """Belong to another client, under its own name for the request."""
+        self.client, self.req_id = client, req_id
+        for branch in self.branches:
+            branch.client, branch.req_id = client, req_id
 
     def prompt_holder(self, before_step_id: int) -> "Request | None":
         """A running branch whose prompt an earlier step computed: one to fork from."""

@@ -22,11 +22,14 @@ class SchedulerCounters:
     step_num_tokens: int = 0  # of the latest answered step
 
 
-def scheduler_stats(scheduler: "Scheduler", *, is_idle: bool) -> SchedulerStats:
+def scheduler_stats(
+    scheduler: "Scheduler", *, is_idle: bool, num_restarts: int = 0
+) -> SchedulerStats:
     """A snapshot.
 
     Args:
         is_idle: no request is open and no step in flight, so every block held is a leak.
+        num_restarts: cores that were lost before this one.
     """
     lifecycle, counters = scheduler.lifecycle, scheduler.lifecycle.counters
     gpu_pool, cpu_pool = scheduler.kv_cache.gpu_pool, scheduler.kv_cache.cpu_pool
@@ -47,4 +50,5 @@ def scheduler_stats(scheduler: "Scheduler", *, is_idle: bool) -> SchedulerStats:
         num_steps=counters.num_steps,
         num_leaked_blocks=gpu_pool.num_held + cpu_pool.num_held if is_idle else 0,
         step_num_tokens=counters.step_num_tokens,
+        num_restarts=num_restarts,
     )

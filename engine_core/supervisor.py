@@ -1,7 +1,9 @@
-"""The supervisor: starts the engine core, watches it, and leaves nothing behind when it ends.
+"""The supervisor: starts the engine core, starts another when it is lost, leaves nothing behind.
 
-It holds no user data, imports neither torch nor zmq, and sleeps in one place until a child, a
-signal, the core's status pipe or whoever started it has something to say.
+A core that is lost takes its whole process group along; the next one gets the next epoch and the
+same address, and frontends continue there. The supervisor holds no user data, imports neither
+torch nor zmq, and sleeps in one place until a child, a signal, the core's status pipe or whoever
+started it has something to say.
 """
 
 import contextlib
@@ -16,7 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine_core.memory_kills import count_memory_kills
+from engine_core.restart_policy import Death, RestartPolicy
 from ipc.addresses import find_runtime_directory, make_ipc_directory, sweep_stale_directories
+from ipc.config import decode_config
 from ipc.errors import ExitCode
 from ipc.messages import EngineFailed, LoadProgress
 from ipc.processes import (
@@ -29,7 +34,8 @@ from ipc.processes import (
 )
 from ipc.status import Listening, Status, StatusReader
 
-STOP_GRACE_S = 10.0  # for a core that was told to stop or has failed; then it is killed
+STOP_GRACE_S = 10.0  # for a core that was told to stop or cannot start; then it is killed
+FAILED_GRACE_S = 1.0  # for one that served and failed: others wait for the next one
 REAP_S = 10.0  # for killed processes to be gone, device memory included
 
 logger = logging.getLogger(__name__)
@@ -44,8 +50,11 @@ class Core:
     death_pipe: int  # never written; the core dies when it closes
     status: StatusReader
     epoch: int
+    num_memory_kills: int  # of the whole machine's count, when it was started
+    started_s: float
     phase: str = "starting"
     is_listening: bool = False
+    was_killed: bool = False  # by us, while it ran
     failure: EngineFailed | None = None
 
 
@@ -71,6 +80,7 @@ class Supervisor:
         report: Callable[[Status], None],
     ) -> None:
         self._config = config
+        self._recovers = decode_config(config).parallel_config.enable_recovery
         self._directory = make_ipc_directory() if listen is None else None
         self._listen = f"ipc://{self._directory}/core" if listen is None else listen
         self._curve_keys = curve_keys
@@ -80,16 +90,62 @@ class Supervisor:
         self._signals = SignalWatch(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
         self._is_stopping = False
         self._kill_at_s: float | None = None
+        self._exit_code = int(ExitCode.CLEAN)
 
     def run(self) -> int:
-        """Start a core, watch it to its end, clean up after it; the exit code to end with."""
+        """Start cores until one is the last; clean up; the exit code to end with."""
         adopt_orphans()
+        policy = RestartPolicy()
         core = self._spawn(epoch=0)
         try:
-            self._watch(core)
+            while (wait_s := self._serve_once(core, policy)) is not None:
+                if not self._pause(wait_s):
+                    return int(ExitCode.CLEAN)
+                core = self._spawn(core.epoch + 1)
         finally:
+            if self._directory is not None:
+                shutil.rmtree(self._directory, ignore_errors=True)
+        return self._exit_code
+
+    def _serve_once(self, core: Core, policy: RestartPolicy) -> float | None:
+        """Watch a core to its end; how long to wait before the next one, None: it was the last."""
+        try:
+            is_over = self._watch(core)
+        finally:
+            noticed_s = time.monotonic()
             return_code = self._end(core)
-        return self._judge(core, return_code)
+        is_first = core.epoch == 0 and not core.is_listening  # a start that fails is no death
+        if is_over or self._is_stopping or is_first or not self._recovers:
+            self._exit_code = self._judge(core, return_code)
+            return None
+        death = Death(
+            return_code=return_code,
+            failure=core.failure,
+            has_served=core.is_listening,
+            was_out_of_memory=count_memory_kills() > core.num_memory_kills,
+            was_ours=core.was_killed,
+        )
+        wait_s = policy.next_wait_s(death, time.monotonic())
+        logger.warning(
+            "%s; its processes are gone after %.2f s; %s",
+            death.describe(),
+            time.monotonic() - noticed_s,
+            "the engine is given up"
+            if wait_s is None
+            else f"the next one starts in {wait_s:.1f} s",
+        )
+        if wait_s is None:
+            self._exit_code = policy.exit_code
+            reason = f"{death.describe()} (given up after {core.epoch} restarts)"
+            self._report(EngineFailed(core.epoch, reason, self._exit_code))
+        return wait_s
+
+    def _pause(self, wait_s: float) -> bool:
+        """Wait before a start; False when there will be none, as somebody wants us to end."""
+        poller = select.poll()
+        for source in (self._signals.fileno(), *self._parent):
+            poller.register(source, select.POLLIN)
+        return not poller.poll(wait_s * 1000) or not (self._signals.take() or self._parent)
 
     def _spawn(self, epoch: int) -> Core:
         death_read, death_write = os.pipe()
@@ -112,11 +168,18 @@ class Supervisor:
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError), process.stdin:
             process.stdin.write(self._config)
-        pidfd = os.pidfd_open(process.pid)
-        return Core(process, pidfd, death_write, StatusReader(status_read), epoch)
+        return Core(
+            process,
+            os.pidfd_open(process.pid),
+            death_write,
+            StatusReader(status_read),
+            epoch,
+            num_memory_kills=count_memory_kills(),
+            started_s=time.monotonic(),
+        )
 
-    def _watch(self, core: Core) -> None:
-        """Return when the core has ended or must be killed."""
+    def _watch(self, core: Core) -> bool:
+        """Return when the core has ended or must be killed; True when the supervisor must end."""
         poller = select.poll()
         sources = [core.pidfd, core.status.fileno(), self._signals.fileno(), *self._parent]
         for source in sources:
@@ -127,10 +190,15 @@ class Supervisor:
                 self._read_status(core)
                 if core.status.is_at_end:
                     poller.unregister(core.status.fileno())
-            if core.pidfd in ready or not ready.isdisjoint(self._parent):
-                return
-            if not self._take_signals(core) or self._milliseconds_left() == 0:
-                return
+            if not ready.isdisjoint(self._parent):
+                return True
+            if core.pidfd in ready:
+                return False
+            if not self._take_signals(core):
+                return True
+            if self._milliseconds_left() == 0:
+                core.was_killed = core.failure is None
+                return self._is_stopping
 
     def _read_status(self, core: Core) -> None:
         for status in core.status.read():
@@ -139,10 +207,22 @@ class Supervisor:
                     core.phase = status.phase
                 case Listening():
                     core.is_listening = True
+                    self._listen = status.address  # a port that was free is ours from now on
+                    self._note_ready(core)
                 case EngineFailed():
                     core.failure = status
-                    self._kill_at_s = time.monotonic() + STOP_GRACE_S
-            self._report(status)
+                    grace_s = FAILED_GRACE_S if core.is_listening else STOP_GRACE_S
+                    self._kill_at_s = time.monotonic() + grace_s
+            if core.epoch == 0 and not (core.is_listening and isinstance(status, EngineFailed)):
+                self._report(status)  # of later ones our starter learns only the very last word
+
+    def _note_ready(self, core: Core) -> None:
+        if core.epoch:
+            logger.warning(
+                "engine core %d is ready after %.2f s",
+                core.epoch,
+                time.monotonic() - core.started_s,
+            )
 
     def _take_signals(self, core: Core) -> bool:
         """Pass the first signal on as a request to stop; a second one means at once: False."""
@@ -168,14 +248,15 @@ class Supervisor:
         core.status.close()
         os.close(core.pidfd)
         os.close(core.death_pipe)
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
+        self._kill_at_s = None
         sweep_stale_directories(find_runtime_directory())
         return return_code
 
     def _judge(self, core: Core, return_code: int) -> int:
         """The exit code, after making sure that the cause was reported."""
         if core.failure is not None:
+            if core.is_listening or core.epoch:
+                self._report(core.failure)
             return core.failure.exit_code
         if self._is_stopping or return_code == ExitCode.CLEAN:
             return ExitCode.CLEAN

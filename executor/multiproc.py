@@ -16,7 +16,7 @@ import msgspec
 from executor.executor import OnProgress
 from executor.failures import dead_error, start_error
 from executor.step_watch import StepWatch
-from executor.worker_process import WorkerProcess, identity_of
+from executor.worker_process import WorkerProcess, find_killed, identity_of, killed_error
 from ipc import errors
 from ipc.channel import RouterChannel, wait
 from ipc.config import EngineConfig, encode_config
@@ -105,7 +105,8 @@ class MultiprocExecutor:
                     if worker.has_exited():
                         raise EngineStartError(
                             f"worker {worker.rank} {worker.describe_exit()} before it was ready; "
-                            f"its own output says more"
+                            f"its own output says more",
+                            killed_by=worker.killed_by(),
                         )
         except BaseException:
             self.shutdown()
@@ -171,13 +172,13 @@ class MultiprocExecutor:
         if not self._workers:
             raise EngineDeadError("the executor was not started")
         if self._last_words is not None:
-            self._die(dead_error(self._last_words))
+            # A rank whose mate was killed fails too, and may say so before the mate is seen dead.
+            self._die(find_killed(self._workers) or dead_error(self._last_words))
         for worker in self._workers:
             if worker.has_exited():
                 self._drain()  # its last words may have come with its end
-                cause = f"worker {worker.rank} {worker.describe_exit()}"
                 words = self._last_words
-                self._die(EngineDeadError(cause) if words is None else dead_error(words))
+                self._die(killed_error(worker) if words is None else dead_error(words))
         if (stuck := self._steps.describe_stuck(self._workers)) is not None:
             self._die(EngineDeadError(stuck))
 

@@ -5,13 +5,18 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
 import msgspec
 
+from ipc.channel import wait
+from ipc.errors import EngineDeadError
 from ipc.processes import child_environment, describe_exit, kill_group, python_command
 from ipc.records import Message
+
+_DEATH_SHOWS_S = 0.1  # sockets of a killed process close before it is seen dead
 
 
 class Boot(Message, frozen=True):
@@ -84,6 +89,10 @@ class WorkerProcess:
         """Whether the child is gone."""
         return self._process.poll() is not None
 
+    def killed_by(self) -> int:
+        """The signal that ended the child, 0 when none did; it must be gone."""
+        return max(0, -self._process.wait())
+
     def describe_exit(self) -> str:
         """How the child ended, as a clause; it must be gone."""
         return describe_exit(self._process.wait())
@@ -113,6 +122,22 @@ class WorkerProcess:
             os.close(self.pidfd)
             self.pidfd = -1
         return True
+
+
+def killed_error(worker: WorkerProcess) -> EngineDeadError:
+    """The error for a worker that is gone without a word."""
+    cause = f"worker {worker.rank} {worker.describe_exit()}"
+    return EngineDeadError(cause, killed_by=worker.killed_by())
+
+
+def find_killed(workers: Sequence[WorkerProcess]) -> EngineDeadError | None:
+    """The error for a worker that somebody killed, as far as one is gone or about to be."""
+    if len(workers) > 1:
+        wait([worker.pidfd for worker in workers if worker.pidfd >= 0], _DEATH_SHOWS_S)
+    for worker in workers:
+        if worker.has_exited() and worker.killed_by() in (signal.SIGKILL, signal.SIGTERM):
+            return killed_error(worker)
+    return None
 
 
 def _relay(stream: IO[bytes], rank: int) -> None:

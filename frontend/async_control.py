@@ -3,22 +3,25 @@
 Each function is a method: its first argument is the engine.
 """
 
+from collections.abc import Sequence
 from typing import Any, NoReturn, Protocol
 
 from frontend import refusals
+from frontend.async_session import OutputStream
 from frontend.async_start import EngineStart
 from frontend.engine_setup import profile_directory
 from frontend.lora_request import LoRARequest
 from frontend.tokenizer import Tokenizer
 from ipc.config import DecodingConfig, EngineConfig, ModelConfig
 from ipc.errors import EngineDeadError, UnsupportedError
-from ipc.messages import SchedulerStats
+from ipc.messages import ReclaimedRequest, SchedulerStats
 from ipc.operations import (
     AnyOperation,
     GetStats,
     IsPaused,
     IsSleeping,
     PauseGeneration,
+    ReclaimRequest,
     ResetPrefixCache,
     ResumeGeneration,
     Sleep,
@@ -26,6 +29,7 @@ from ipc.operations import (
     StopProfile,
     WakeUp,
 )
+from ipc.sampling_params import SamplingParams
 
 PAUSE_MODES = ("abort", "wait", "keep")
 
@@ -72,7 +76,7 @@ async def check_health(self: Controlled) -> None:
 async def do_log_stats(self: Controlled) -> None:
     """Make every stat logger write its line now."""
     if self._start.session is not None:
-        self._start.session.log_stats()
+        self._start.session.stat_loggers.log()
 
 
 async def get_tokenizer(self: Controlled, lora_request: LoRARequest | None = None) -> Tokenizer:
@@ -165,6 +169,40 @@ async def get_stats(self: Controlled) -> SchedulerStats:
     """The scheduler's state now."""
     stats: SchedulerStats = await self.call(GetStats())
     return stats
+
+
+async def reclaim_stream(
+    self: Controlled, stream_id: str, num_taken: Sequence[int]
+) -> ReclaimedRequest:
+    """Make the engine let go of a lingering request; ``resume_stream`` goes on with it.
+
+    Args:
+        num_taken: tokens of each sequence that the stream's reader has.
+
+    Raises:
+        UnknownStreamError: there is no such stream.
+        RequestError: the reader cannot have so much of it; the stream stays as it is.
+    """
+    operation = ReclaimRequest(stream_id, list(num_taken))
+    reclaimed: ReclaimedRequest = await self.call(operation)
+    return reclaimed
+
+
+async def resume_stream(
+    self: Controlled,
+    reclaimed: ReclaimedRequest,
+    request_id: str,
+    params: SamplingParams,
+    num_taken: Sequence[int],
+) -> OutputStream:
+    """Go on with a reclaimed request, behind what its reader has.
+
+    Args:
+        params: those that it was opened with.
+    """
+    if self._start.session is None:
+        raise self.dead_error
+    return self._start.session.resume(reclaimed, request_id, params, num_taken)
 
 
 async def list_loras(self: Controlled) -> set[int]:

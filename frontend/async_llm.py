@@ -341,6 +341,7 @@ class AsyncLLM:
     start_profile = control.start_profile
     stop_profile = control.stop_profile
     get_stats = control.get_stats
+    reclaim_stream, resume_stream = control.reclaim_stream, control.resume_stream
     list_loras = control.list_loras
     remove_lora = control.remove_lora
     add_lora = pin_lora = control.refuse_lora

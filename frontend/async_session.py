@@ -10,24 +10,32 @@ state, so nothing queues.
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+import msgspec
+
 from frontend.inputs import InputProcessor, NewRequest
 from frontend.liveness import Liveness
-from frontend.logits_processors import RowWork, run_processors
+from frontend.logits_processors import ProcessorThread
 from frontend.output_processor import OutputProcessor, copy_error
 from frontend.outputs import RequestOutput
 from frontend.prompts import parse_prompt
+from frontend.recovery import Recovery
 from frontend.request_state import RequestState
 from frontend.stat_loggers import StatLoggerGroup
+from frontend.stream_replay import replay
 from frontend.tokenizer import Tokenizer
 from frontend.tokenizer_pool import TokenizerPool
 from ipc.config import EngineConfig
-from ipc.errors import EngineDeadError, EngineError, EngineOverloadedError
+from ipc.errors import (
+    EngineDeadError,
+    EngineError,
+    EngineOverloadedError,
+    EngineRestartingError,
+)
 from ipc.messages import (
     AbortBranches,
     AbortRequests,
@@ -35,11 +43,11 @@ from ipc.messages import (
     EngineFailed,
     EngineOutputs,
     FrontendToCore,
-    ProcessedLogits,
+    ReclaimedRequest,
     Welcome,
 )
 from ipc.operations import AnyOperation, GetStats
-from ipc.sampling_params import RequestOutputKind
+from ipc.sampling_params import RequestOutputKind, SamplingParams
 from ipc.tensors import Frames
 
 logger = logging.getLogger(__name__)
@@ -53,14 +61,21 @@ class AsyncClient(Protocol):
 
     @property
     def welcome(self) -> Welcome:
-        """The core's answer to the handshake."""
+        """The latest core's answer to the handshake."""
+
+    @property
+    def restarting(self) -> EngineRestartingError | None:
+        """Set while there is no core, and another one is awaited."""
 
     def start(
         self,
         on_message: Callable[[CoreToFrontend, Frames], None],
         on_dead: Callable[[EngineDeadError], None],
     ) -> None:
-        """Deliver messages from now on, in the running loop."""
+        """Deliver messages from now on, in the running loop.
+
+        A ``Welcome`` is another core's, which knows of nothing that was sent before.
+        """
 
     def send(self, message: FrontendToCore, frames: Frames = ()) -> None:
         """Send; never blocks. Raises EngineDeadError when there is no core any more."""
@@ -160,7 +175,7 @@ class AsyncSession:
     """Owns an asynchronous core client and the open streams on it.
 
     Every stream that was opened ends: by its last output, by leaving it, or by the engine's
-    death, which reaches all of them in one call.
+    death, which reaches all of them in one call. A core that is lost and replaced ends none.
     """
 
     def __init__(
@@ -174,16 +189,16 @@ class AsyncSession:
         limits = client.welcome.limits
         self._loop = asyncio.get_running_loop()
         self._client = client
-        self._stat_loggers = stat_loggers
-        self._pool = pool
+        self.stat_loggers = stat_loggers
         self._streams: dict[str, StreamRecord] = {}  # by req_id
         self._news: list[StreamRecord] = []  # whose listeners are to be told in a moment
         self._drains: list[tuple[list[str], asyncio.Future[None]]] = []  # req_ids waited for
-        self._thread: ThreadPoolExecutor | None = None  # made with the first slow task
+        self._processors = ProcessorThread(self._send)
         self._liveness = Liveness(partial(client.call, GetStats()))
         self.dead: EngineDeadError | None = None
         self.inputs = InputProcessor(config.model_config, limits, tokenizer, pool)
         self.outputs = OutputProcessor(tokenizer, log_stats=bool(stat_loggers.loggers))
+        self._recovery = Recovery(client.welcome, self.outputs)
         client.start(self.take_in, self.die)
 
     async def open(self, new: NewRequest) -> OutputStream:
@@ -206,6 +221,35 @@ class AsyncSession:
         self._client.send(admitted.message)
         state = self.outputs.open(admitted, self._client.welcome.epoch)
         record = self._streams[admitted.message.req_id] = StreamRecord(state)
+        return OutputStream(self, record)
+
+    def resume(
+        self,
+        reclaimed: ReclaimedRequest,
+        request_id: str,
+        params: SamplingParams,
+        num_taken: Sequence[int],
+    ) -> OutputStream:
+        """Go on with a request that the core has let go of, behind what its reader has.
+
+        Args:
+            params: the caller's own, as the request was opened with them.
+            num_taken: tokens of each branch that the reader has.
+
+        Raises:
+            KeyError, EngineOverloadedError, EngineDeadError: as ``open``.
+        """
+        admitted = self.inputs.readmit(reclaimed.request, request_id, params)
+        state = self.outputs.open(admitted, self._client.welcome.epoch)
+        resumed = replay(state, reclaimed.branches, num_taken, time.time())
+        record = StreamRecord(state)
+        if state.is_finished:
+            self.outputs.close(state, time.time())
+        else:
+            self._streams[state.req_id] = record
+            self._client.send(
+                msgspec.structs.replace(admitted.message, resumed=resumed, num_attempts=2)
+            )
         return OutputStream(self, record)
 
     def knows(self, record: StreamRecord) -> bool:
@@ -235,13 +279,16 @@ class AsyncSession:
         return await self._client.call(operation)
 
     def check_health(self) -> None:
-        """Raise EngineDeadError when the engine is dead, or silent for too long; never wait."""
+        """Raise when the engine is dead, restarting, or silent for too long; never wait."""
         self._check_alive()
+        if (restarting := self.restarting) is not None:
+            raise restarting
         self._liveness.check()
 
-    def log_stats(self) -> None:
-        """Make every stat logger say what it has."""
-        self._stat_loggers.log()
+    @property
+    def restarting(self) -> EngineRestartingError | None:
+        """Set while there is no core, and another one is awaited: streams are silent."""
+        return self._client.restarting
 
     async def wait_until_drained(self) -> None:
         """Return when every request that is open now has ended."""
@@ -256,8 +303,11 @@ class AsyncSession:
         if isinstance(message, EngineFailed):
             self.die(EngineDeadError(message.reason, message.exit_code))
             return
+        if isinstance(message, Welcome):
+            self._resume(message)
         if not isinstance(message, EngineOutputs):
             return
+        self._recovery.note_outputs()
         result = self.outputs.process(message, frames, time.time())
         self._wake(result.moved)
         if self._drains:
@@ -267,9 +317,18 @@ class AsyncSession:
         if result.failed_req_ids:
             self._send(AbortRequests(result.failed_req_ids))
         for work in result.row_work:
-            self._run_processors(work)
+            self._processors.run(work)
         if result.iteration is not None:
-            self._stat_loggers.record(message.stats, result.iteration)
+            self.stat_loggers.record(message.stats, result.iteration)
+
+    def _resume(self, welcome: Welcome) -> None:
+        """Another core: it gets everything that is open, oldest first."""
+        self.inputs.set_limits(welcome.limits)
+        messages, failed = self._recovery.resume(welcome)
+        for message in messages:
+            self._send(message)
+        self._wake(failed)
+        self._note_ended()
 
     def die(self, error: EngineDeadError) -> None:
         """The engine stopped: every open stream is told now."""
@@ -283,11 +342,9 @@ class AsyncSession:
         """Leave the core. Open streams get EngineDeadError. Harmless when repeated."""
         if self.dead is None:
             self.die(EngineDeadError("the engine was shut down"))
-        self._stat_loggers.close()
-        if self._thread is not None:
-            self._thread.shutdown(wait=False, cancel_futures=True)
-        if self._pool is not None:
-            self._pool.close()
+        self.stat_loggers.close()
+        self._processors.close()
+        self.inputs.close()
         self._client.close()
 
     def _wake(self, states: Iterable[RequestState]) -> None:
@@ -315,17 +372,6 @@ class AsyncSession:
                     record.wake()
             except Exception as error:  # raised where the consumer waits; the others get their news
                 record.waiter.set_exception(error)
-
-    def _run_processors(self, work: RowWork) -> None:
-        """Run the user's code in a thread of its own; one, so that rows stay in order."""
-        if self._thread is None:
-            self._thread = ThreadPoolExecutor(1, "logits-processors")
-        future = self._loop.run_in_executor(self._thread, run_processors, work)
-        future.add_done_callback(self._send_processed)
-
-    def _send_processed(self, future: "asyncio.Future[tuple[ProcessedLogits, Frames]]") -> None:
-        if not future.cancelled() and self.dead is None:
-            self._send(*future.result())
 
     def _send(self, message: FrontendToCore, frames: Frames = ()) -> None:
         """Send what nobody waits for; a core that is gone has nothing to be told."""

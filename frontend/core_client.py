@@ -1,8 +1,8 @@
-"""The frontend's only door to the engine core: in this process, or in one of its own.
+"""The frontend's door to an engine core in a process of its own, with and without an event loop.
 
-Three clients with one vocabulary: messages in, messages out, typed calls. Credits, heartbeats and
-the discovery of a dead core happen inside. No threads, no signal handlers, and the core's code is
-imported only when it is to run in this process.
+The clients (``inproc_client.py`` holds a third) have one vocabulary: messages in, messages out,
+typed calls. Credits, heartbeats, the discovery of a dead core and the way to its successor
+happen inside. No threads, no signal handlers.
 """
 
 import asyncio
@@ -10,28 +10,22 @@ import contextlib
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-from frontend.core_link import Engine, Received, read_result
+from frontend.core_engine import Engine
+from frontend.core_link import HELLO_EVERY_S, Received, read_result
+from frontend.inproc_client import as_dead
 from frontend.launcher import STOP_GRACE_S, Launch
 from frontend.loop_hooks import LoopHooks, until_readable, weakly
+from frontend.pending_calls import PendingCalls
 from ipc.channel import wait
 from ipc.config import EngineConfig
 from ipc.curve import CurveClientKeys
-from ipc.errors import EngineDeadError, EngineError, EngineStartError
-from ipc.messages import (
-    Ack,
-    Call,
-    CallResult,
-    CoreToFrontend,
-    FrontendToCore,
-    Goodbye,
-    Heartbeat,
-    Hello,
-    Welcome,
-)
+from ipc.errors import EngineDeadError, EngineError, EngineRestartingError, EngineStartError
+from ipc.messages import CallResult, CoreToFrontend, FrontendToCore, Welcome
 from ipc.operations import AnyOperation
+from ipc.processes import is_readable
 from ipc.tensors import Frames
 
 _TICK_S = 1.0
@@ -41,77 +35,9 @@ _LAST_WORDS_S = 0.05  # for what a dead core sent before it died
 # How long messages are taken in before other tasks of the event loop get their turn. While more
 # come than that takes in, turns grow: each stream then gets more at once, which costs less.
 _TURN_S, _MAX_TURN_S = 0.01, 0.08
-_INPROC_PEER = b"inproc"
 
 OnMessage = Callable[[CoreToFrontend, Frames], None]
 OnDead = Callable[[EngineDeadError], None]
-
-
-class InprocCoreClient:
-    """The core and its executor in this process; steps run inside ``receive``."""
-
-    def __init__(
-        self, config: EngineConfig, executor_class: Callable[[EngineConfig], Any] | None = None
-    ) -> None:
-        from engine_core.dispatch import answer_call, dispatch
-        from engine_core.start import start_core
-
-        started = start_core(
-            config, on_progress=lambda _progress: None, executor_class=executor_class
-        )
-        self._answer_call, self._dispatch = answer_call, dispatch
-        self._core = started.core
-        self._finalizer = weakref.finalize(self, started.executor.shutdown)
-        self.welcome: Welcome = started.welcome
-        self._received: deque[tuple[CoreToFrontend, Frames]] = deque()
-        self._dead: EngineDeadError | None = None
-
-    def __reduce__(self) -> str:
-        raise RuntimeError("an engine cannot be pickled: it holds a model and its cache")
-
-    def send(self, message: FrontendToCore, frames: Frames = ()) -> None:
-        """Hand a message to the core."""
-        self._check_alive()
-        if isinstance(message, Goodbye):
-            self._core.remove_client(_INPROC_PEER)
-        elif not isinstance(message, Hello | Ack | Heartbeat | Call):
-            self._dispatch(self._core, _INPROC_PEER, message, frames)
-
-    def receive(self, timeout_s: float | None) -> tuple[CoreToFrontend, Frames] | None:
-        """The next message, stepping until there is one; None when idle or out of time.
-
-        Raises:
-            EngineDeadError: a step failed; this engine is done for.
-        """
-        self._check_alive()
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        self._take(self._core.drain_outputs())
-        while not self._received and self._core.has_unfinished:
-            try:
-                self._take(self._core.step(timeout_s))
-            except Exception as err:
-                self._dead = _as_dead(err)
-                raise self._dead from err
-            if deadline is not None and time.monotonic() >= deadline:
-                break
-        return self._received.popleft() if self._received else None
-
-    def call(self, operation: AnyOperation) -> Any:
-        """Run a control operation."""
-        self._check_alive()
-        return read_result(operation, self._answer_call(self._core, Call(0, operation)))
-
-    def close(self) -> None:
-        """Free everything. May be repeated."""
-        self._dead = EngineDeadError("the engine was closed")
-        self._finalizer()
-
-    def _take(self, results: Sequence[tuple[bytes, CoreToFrontend, Frames]]) -> None:
-        self._received.extend((message, frames) for _, message, frames in results)
-
-    def _check_alive(self) -> None:
-        if self._dead is not None:
-            raise EngineDeadError(str(self._dead)) from self._dead
 
 
 class ProcessCoreClient:
@@ -148,18 +74,20 @@ class ProcessCoreClient:
             EngineOverloadedError: the core takes nothing and too much waits; nothing was sent.
         """
         self._check_alive()
-        self._engine.link.send(message, frames)
+        self._engine.send(message, frames)
 
     def receive(self, timeout_s: float | None) -> tuple[CoreToFrontend, Frames] | None:
         """The next message, or None after ``timeout_s`` (0: at once; None: never).
 
-        What was received before counts as taken in: its credits go back to the core.
+        What was received before counts as taken in: its credits go back to the core. A
+        ``Welcome`` means that the core was lost and this one is in its place: it knows nothing
+        of what was sent before.
 
         Raises:
             EngineDeadError: the core is gone; carries the cause.
         """
         self._check_alive()
-        self._engine.link.acknowledge()
+        self._engine.acknowledge()
         if self._received:
             return self._received.popleft()
         return self._receive_new(None if timeout_s is None else time.monotonic() + timeout_s)
@@ -167,16 +95,30 @@ class ProcessCoreClient:
     def call(self, operation: AnyOperation) -> Any:
         """Run a control operation and wait for its answer; other messages are kept.
 
+        While the engine restarts this waits; the operation is for the new core.
+
         Raises:
             EngineError: the operation failed.
-            EngineDeadError: the core is gone.
+            EngineRestartingError: the core was lost before it had answered.
+            EngineDeadError: the engine ended.
         """
         self._check_alive()
-        call = self._engine.link.make_call(operation)
-        self._engine.link.send(call)
+        engine = self._engine
+        self._wait(0)
+        while engine.loss is not None:
+            if (received := self._take()) is not None:
+                self._received.append(received)
+            else:
+                self._wait(None)
+        call = engine.make_call(operation)
+        engine.send(call)
         while True:
-            received = self._receive_new(None)
-            assert received is not None
+            received = self._take()
+            if received is None:
+                if engine.loss is not None:
+                    raise engine.restarting_error()
+                self._wait(None)
+                continue
             message = received[0]
             if isinstance(message, CallResult) and message.call_id == call.call_id:
                 return read_result(operation, message)
@@ -189,13 +131,13 @@ class ProcessCoreClient:
 
     def _shake_hands(self, timeout_s: float) -> Welcome:
         deadline = time.monotonic() + timeout_s
-        while (welcome := self._engine.link.welcome) is None:
+        while (welcome := self._engine.welcome) is None:
             remaining_s = deadline - time.monotonic()
             if remaining_s <= 0:
-                raise _no_answer(self._engine.link.address, timeout_s)
+                raise no_answer(self._engine.link.address, timeout_s)
             received = self._take()
             assert received is None, "a core spoke before its welcome"
-            if self._engine.link.welcome is None:
+            if self._engine.welcome is None:
                 self._wait(min(remaining_s, _HANDSHAKE_TICK_S))
         return welcome
 
@@ -210,24 +152,38 @@ class ProcessCoreClient:
             self._wait(remaining_s)
 
     def _take(self) -> Received | None:
+        """What can be had now; the moves of a connection from one core to the next happen here."""
+        engine = self._engine
         try:
-            received = self._engine.link.receive()
+            received = engine.receive()
             if received is None:
-                self._engine.link.tick()
+                engine.tick()
+            if engine.needs_settling:
+                engine.settle()
         except EngineDeadError as err:
             self._dead = err
             raise
+        if isinstance(message := received and received[0], Welcome):
+            self.welcome = message
         return received
 
     def _wait(self, timeout_s: float | None) -> None:
         """Sleep until something arrives. Messages that a dying core sent are still delivered."""
-        link, pidfd = self._engine.link, self._engine.pidfd
-        if link.has_pings or link.has_unsent:
-            timeout_s = _TICK_S if timeout_s is None else min(timeout_s, _TICK_S)
-        ready = wait([link.channel] if pidfd is None else [link.channel, pidfd], timeout_s)
-        if pidfd is not None and pidfd in ready and not wait([link.channel], _LAST_WORDS_S):
-            self._dead = self._engine.describe_end()
-            raise self._dead
+        engine = self._engine
+        if engine.needs_ticks:
+            tick_s = _TICK_S if engine.loss is None else HELLO_EVERY_S
+            timeout_s = tick_s if timeout_s is None else min(timeout_s, tick_s)
+        ready = wait([engine.link.channel, *engine.pidfds], timeout_s)
+        if engine.link.channel in ready or not ready or wait([engine.link.channel], _LAST_WORDS_S):
+            return
+        try:
+            if engine.end_pidfd in ready:
+                raise engine.describe_end()
+            engine.lose()
+            engine.settle()
+        except EngineDeadError as err:
+            self._dead = err
+            raise
 
     def _check_alive(self) -> None:
         if self._dead is not None:
@@ -245,7 +201,7 @@ class AsyncCoreClient:
         self._engine = Engine(engine, curve_keys)
         self._hooks = LoopHooks()
         self._finalizer = weakref.finalize(self, _close_async, self._hooks, self._engine)
-        self._calls: dict[int, tuple[AnyOperation, asyncio.Future[Any]]] = {}
+        self._calls = PendingCalls()
         self._on_message: OnMessage | None = None
         self._on_dead: OnDead | None = None
         self._dead: EngineDeadError | None = None
@@ -292,18 +248,24 @@ class AsyncCoreClient:
     @property
     def welcome(self) -> Welcome:
         """What the core said about itself."""
-        welcome = self._engine.link.welcome
+        welcome = self._engine.welcome
         assert welcome is not None, "not connected yet"
         return welcome
 
+    @property
+    def restarting(self) -> EngineRestartingError | None:
+        """Set while there is no core, and another one is awaited."""
+        return None if self._engine.loss is None else self._engine.restarting_error()
+
     async def connect(self, timeout_s: float | None = None) -> None:
         """Begin to listen in the running loop, and wait for the core's welcome."""
-        self._listen()
+        self._hooks.open(asyncio.get_running_loop())
+        self._move()
         timeout_s = timeout_s or self._engine.welcome_limit_s
         try:
             await asyncio.wait_for(self._welcomed.wait(), timeout_s)
         except TimeoutError:
-            raise _no_answer(self._engine.link.address, timeout_s) from None
+            raise no_answer(self._engine.link.address, timeout_s) from None
         if self._refusal is not None:
             raise self._refusal
 
@@ -325,7 +287,7 @@ class AsyncCoreClient:
             EngineOverloadedError: the core takes nothing and too much waits; nothing was sent.
         """
         self._check_alive()
-        self._engine.link.send(message, frames)
+        self._engine.send(message, frames)
         self._drain_soon()  # sending may have swallowed the descriptor's signal
 
     async def call(self, operation: AnyOperation) -> Any:
@@ -333,17 +295,17 @@ class AsyncCoreClient:
 
         Raises:
             EngineError: the operation failed.
-            EngineDeadError: the core is gone.
+            EngineRestartingError: there is no core now, or it was lost before it had answered.
+            EngineDeadError: the engine ended.
         """
         self._check_alive()
-        call = self._engine.link.make_call(operation)
-        answer: asyncio.Future[Any] = self._hooks.loop.create_future()
-        self._calls[call.call_id] = operation, answer
+        call = self._engine.make_call(operation)
+        answer = self._calls.open(call)
         try:
             self.send(call)
             return await answer
         finally:
-            self._calls.pop(call.call_id, None)
+            self._calls.close(call)
 
     def close(self) -> None:
         """Leave the core, and end its processes if they are ours. May be repeated."""
@@ -363,15 +325,6 @@ class AsyncCoreClient:
 
     # ------------------------------------------------------------ inside the loop
 
-    def _listen(self) -> None:
-        hooks, link = self._hooks, self._engine.link
-        hooks.open(asyncio.get_running_loop())
-        hooks.add(link.channel.fileno(), weakly(self._drain))
-        if self._engine.pidfd is not None:
-            hooks.add(self._engine.pidfd, weakly(self._note_exit))
-        hooks.repeat(weakly(self._tick), _TICK_S if link.has_pings else _SLOW_TICK_S)
-        self._drain_soon()
-
     def _drain_soon(self) -> None:
         if not self._is_drain_due:
             self._is_drain_due = True
@@ -379,66 +332,82 @@ class AsyncCoreClient:
 
     def _drain(self) -> None:
         self._is_drain_due = False
-        link = self._engine.link
+        engine = self._engine
         ends_s = time.monotonic() + self._turn_s
         try:
             while time.monotonic() < ends_s:
                 if self._dead is not None:
                     return
-                received = link.receive()
-                if link.welcome is not None:
-                    self._welcomed.set()
+                received = engine.receive()
+                if engine.needs_settling:
+                    self._move()
                 if received is None:
                     self._turn_s = _TURN_S
                     return
-                self._deliver(*received)
-                link.acknowledge()
+                if isinstance(received[0], CallResult):
+                    self._calls.answer(received[0])
+                elif self._on_message is not None:
+                    self._on_message(*received)
+                engine.acknowledge()
         except EngineError as err:
             self._fail(err)
             return
         self._turn_s = min(2 * self._turn_s, _MAX_TURN_S)
         self._drain_soon()
 
-    def _deliver(self, message: CoreToFrontend, frames: Frames) -> None:
-        if not isinstance(message, CallResult):
-            if self._on_message is not None:
-                self._on_message(message, frames)
-            return
-        operation, answer = self._calls.pop(message.call_id, (None, None))
-        if operation is None or answer is None or answer.done():
-            return  # its caller was cancelled
-        try:
-            answer.set_result(read_result(operation, message))
-        except EngineError as err:
-            answer.set_exception(err)
-
     def _tick(self) -> None:
         try:
-            self._engine.link.tick()
+            self._engine.tick()
+            if self._engine.needs_settling:
+                self._move()
         except EngineError as err:
             self._fail(err)
 
     def _note_exit(self) -> None:
-        """The process has ended: take in what it said last, then tell."""
-        assert self._engine.pidfd is not None
-        self._hooks.remove(self._engine.pidfd)
-        self._hooks.loop.call_later(_LAST_WORDS_S, weakly(self._give_up))
+        """A process has ended: take in what it said last, then see what that means."""
+        for pidfd in self._engine.pidfds:
+            if is_readable(pidfd):
+                self._hooks.remove(pidfd)
+        self._hooks.loop.call_later(_LAST_WORDS_S, weakly(self._face_exit))
 
-    def _give_up(self) -> None:
+    def _face_exit(self) -> None:
         self._drain()
-        if self._dead is None:
+        if self._dead is not None:
+            return
+        end_pidfd = self._engine.end_pidfd
+        if end_pidfd is not None and is_readable(end_pidfd):
             self._fail(self._engine.describe_end())
+            return
+        try:
+            self._engine.lose()
+            self._move()
+        except EngineDeadError as err:
+            self._fail(err)
+
+    def _move(self) -> None:
+        """Follow the engine from one core to the next: watch what is to be watched now."""
+        engine, hooks = self._engine, self._hooks
+        if engine.welcome is not None:
+            self._welcomed.set()
+        hooks.clear()
+        engine.settle()
+        hooks.add(engine.link.channel.fileno(), weakly(self._drain))
+        for pidfd in engine.pidfds:
+            hooks.add(pidfd, weakly(self._note_exit))
+        interval_s = _TICK_S if engine.link.has_pings else _SLOW_TICK_S
+        hooks.repeat(weakly(self._tick), interval_s if engine.link.welcome else HELLO_EVERY_S)
+        if engine.loss is not None:
+            self._calls.fail_all(engine.restarting_error())
+        self._drain_soon()
 
     def _fail(self, error: EngineError, *, tells: bool = True) -> None:
         """Note the end once, and tell everybody who waits."""
         if self._dead is not None:
             return
-        self._dead = _as_dead(error)
+        self._dead = as_dead(error)
         self._refusal = error
         self._welcomed.set()
-        for _, answer in self._calls.values():
-            if not answer.done():
-                answer.set_exception(EngineDeadError(str(error)))
+        self._calls.fail_all(EngineDeadError(str(error)))
         if tells and self._on_dead is not None:
             self._on_dead(self._dead)
 
@@ -462,16 +431,9 @@ async def _until_ready(launch: Launch) -> None:
         raise
 
 
-def _no_answer(address: str, timeout_s: float) -> EngineStartError:
+def no_answer(address: str, timeout_s: float) -> EngineStartError:
+    """The error for an address that does not say Welcome."""
     return EngineStartError(
         f"no engine answered at {address} within {timeout_s:g} s: is one listening there, "
         f"and does it know our key?"
     )
-
-
-def _as_dead(error: Exception) -> EngineDeadError:
-    if isinstance(error, EngineDeadError):
-        return error
-    dead = EngineDeadError(f"{type(error).__name__}: {error}")
-    dead.__cause__ = error
-    return dead

@@ -11,9 +11,7 @@ from collections import deque
 
 import msgspec
 
-from frontend.launcher import Launch
 from ipc import errors
-from ipc.addresses import find_listener
 from ipc.channel import DealerChannel
 from ipc.curve import CurveClientKeys
 from ipc.errors import EngineDeadError, EngineError, EngineOverloadedError, ProtocolError
@@ -29,6 +27,7 @@ from ipc.messages import (
     Goodbye,
     Heartbeat,
     Hello,
+    ReclaimedRequest,
     Refused,
     SchedulerStats,
     Welcome,
@@ -36,10 +35,10 @@ from ipc.messages import (
     core_to_frontend_decoder,
     schema_hash,
 )
-from ipc.operations import AnyOperation, CheckWorkers, GetStats
-from ipc.processes import is_readable
+from ipc.operations import AnyOperation, CheckWorkers, GetStats, ReclaimRequest
 from ipc.tensors import Frames
 
+HELLO_EVERY_S = 0.5  # until there is a welcome
 PING_EVERY_S = 1.0
 SILENCE_LIMIT_S = 5.0  # a core whose process cannot be watched is dead after this
 WELCOME_LIMIT_S = 60.0  # for a core that runs, but may be busy
@@ -71,7 +70,8 @@ class CoreLink:
         self._next_call_id = 0
         self._next_ping_s = 0.0
         self._unanswered_since_s: float | None = None
-        self.send(Hello(PROTOCOL_VERSION, schema_hash(), socket.gethostname(), os.getpid()))
+        self._next_hello_s = 0.0
+        self._say_hello()
 
     @property
     def channel(self) -> "DealerChannel[CoreToFrontend]":
@@ -150,9 +150,11 @@ class CoreLink:
             EngineDeadError: the core has been silent for too long.
         """
         self.flush()
+        now = time.monotonic()
+        if self.welcome is None and now >= self._next_hello_s:
+            self._say_hello()  # one core may have taken the last one along when it died
         if not self.has_pings:
             return
-        now = time.monotonic()
         if self._unanswered_since_s is not None:
             silence_s = now - self._unanswered_since_s
             if silence_s >= SILENCE_LIMIT_S:
@@ -165,6 +167,10 @@ class CoreLink:
                 self._unanswered_since_s = now
             self.send(Heartbeat(now))
 
+    def _say_hello(self) -> None:
+        self._next_hello_s = time.monotonic() + HELLO_EVERY_S
+        self.send(Hello(PROTOCOL_VERSION, schema_hash(), socket.gethostname(), os.getpid()))
+
     def close(self, *, says_goodbye: bool) -> None:
         """Close the connection, after a goodbye where somebody is left to hear it."""
         if says_goodbye and self.welcome is not None and self._channel.try_send(Goodbye()):
@@ -172,70 +178,6 @@ class CoreLink:
         else:
             self._channel.close()
         self.welcome = None
-
-
-class Engine:
-    """The engine at the other end: the link to it, and how it is known to be alive.
-
-    Args:
-        engine: a ``Launch``, which then belongs to this object, or the address of a daemon.
-    """
-
-    def __init__(self, engine: Launch | str, curve_keys: CurveClientKeys | None) -> None:
-        self.launch = engine if isinstance(engine, Launch) else None
-        self._own_pidfd: int | None = None
-        self._is_closed = False
-        self._owner_pid = os.getpid()
-        if isinstance(engine, Launch):
-            address = engine.wait_ready()
-            self.pidfd: int | None = engine.pidfd
-        else:
-            address = engine
-            self.pidfd = self._own_pidfd = _watch_listener(address)
-        try:
-            self.link = CoreLink(address, curve_keys=curve_keys, has_pings=self.pidfd is None)
-        except BaseException:
-            self._let_go()
-            raise
-
-    @property
-    def welcome_limit_s(self) -> float:
-        """How long to wait for the core's welcome."""
-        return NOBODY_LIMIT_S if self.pidfd is None else WELCOME_LIMIT_S
-
-    def describe_end(self) -> EngineDeadError:
-        """The error for an engine whose process has ended."""
-        reason = None if self.launch is None else self.launch.describe_end()
-        failure = None if self.launch is None else self.launch.failure
-        return EngineDeadError(
-            reason or f"the engine at {self.link.address} ended",
-            None if failure is None else failure.exit_code,
-        )
-
-    def close(self) -> None:
-        """Leave the engine, and end it if it is ours. Harmless when repeated, or in a fork."""
-        if not self._is_closed and os.getpid() == self._owner_pid:
-            self._is_closed = True
-            is_gone = self.pidfd is not None and is_readable(self.pidfd)
-            self.link.close(says_goodbye=not is_gone)
-            self._let_go()
-
-    def _let_go(self) -> None:
-        if self._own_pidfd is not None:
-            os.close(self._own_pidfd)
-        if self.launch is not None:
-            self.launch.terminate()
-
-
-def _watch_listener(address: str) -> int | None:
-    """A descriptor that becomes readable when the local core at ``address`` ends, else None."""
-    pid = find_listener(address)
-    if pid is None:
-        return None
-    try:
-        return os.pidfd_open(pid)
-    except ProcessLookupError:
-        return None
 
 
 def read_result(operation: AnyOperation, answer: CallResult) -> object:
@@ -254,5 +196,7 @@ def read_result(operation: AnyOperation, answer: CallResult) -> object:
             return msgspec.msgpack.decode(answer.result, type=SchedulerStats)
         case CheckWorkers():
             return msgspec.msgpack.decode(answer.result, type=list[WorkerInfo])
+        case ReclaimRequest():
+            return msgspec.msgpack.decode(answer.result, type=ReclaimedRequest)
         case _:
             return msgspec.msgpack.decode(answer.result)

@@ -228,6 +228,9 @@ class EngineArgs:
     engine_iteration_timeout: float = flag(
         60.0, help="seconds without a step's result after which workers count as stuck; 0: never"
     )
+    recovery: bool = flag(
+        True, help="go on with another core when one, or a worker, dies; without, end with it"
+    )
     executor_class: str | None = flag(None, help="executor of your own, as package.module:Class")
     disable_sliding_window: bool = flag(
         False, help="attend to everything, and limit the length to the model's sliding window"
@@ -351,6 +354,7 @@ class EngineArgs:
             executor_class=self.executor_class,
             worker_threads=self.worker_threads,
             iteration_timeout_s=float(self.engine_iteration_timeout),
+            enable_recovery=self.recovery,
         )
 
     def _load_config(self) -> LoadConfig:

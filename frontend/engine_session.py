@@ -14,6 +14,7 @@ from frontend.inputs import AdmittedRequest, InputProcessor, NewRequest
 from frontend.logits_processors import run_processors
 from frontend.output_processor import OutputProcessor, StepResult, copy_error
 from frontend.outputs import RequestOutput
+from frontend.recovery import Recovery
 from frontend.stat_loggers import StatLoggerGroup
 from frontend.tokenizer import Tokenizer
 from ipc.config import EngineConfig
@@ -74,6 +75,7 @@ class EngineSession:
         self._dead: EngineDeadError | None = None
         self.inputs = InputProcessor(config.model_config, limits, tokenizer)
         self.outputs = OutputProcessor(tokenizer, log_stats=bool(stat_loggers.loggers))
+        self._recovery = Recovery(client.welcome, self.outputs)
         self._max_unstarted = max(limits.max_waiting_requests, limits.max_num_seqs)
         self._uses_priority = config.scheduler_config.policy == "priority"
         self._arrivals = itertools.count()
@@ -119,14 +121,30 @@ class EngineSession:
         message, frames = received
         if isinstance(message, EngineFailed):
             raise self._die(EngineDeadError(message.reason))
+        if isinstance(message, Welcome):
+            return self._resume(message)
         if not isinstance(message, EngineOutputs):
             return []
+        self._recovery.note_outputs()
         result = self.outputs.process(message, frames, time.time())
         self._answer(result)
         self._feed()
         if result.iteration is not None:
             self._stat_loggers.record(message.stats, result.iteration)
         return [output for state in result.moved if (output := state.take()) is not None]
+
+    def _resume(self, welcome: Welcome) -> list[RequestOutput]:
+        """Another core: it gets again what the lost one had; the backlog waits as before."""
+        self.inputs.set_limits(welcome.limits)
+        messages, failed = self._recovery.resume(welcome)
+        for message in messages:
+            if message.req_id in self._in_core:
+                self._client.send(message)
+        if failed:
+            self._backlog.clear()
+            self._in_core.clear()
+            self._unstarted.clear()
+        return [output for state in failed if (output := state.take()) is not None]
 
     def abort(self, request_ids: Iterable[str]) -> None:
         """End requests; unknown names are passed over."""

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
+import msgspec
+
 from frontend.logits_processors import LogitsProcessor, resolve_processors
 from frontend.lora_request import LoRARequest
 from frontend.pooling_params import PoolingParams
@@ -20,7 +22,7 @@ from frontend.tokenizer import LONG_TEXT_CHARS, Tokenizer
 from frontend.tokenizer_pool import TokenizerPool
 from ipc.config import ModelConfig
 from ipc.errors import RequestError, UnsupportedError
-from ipc.messages import AddRequest, Limits
+from ipc.messages import AddRequest, Limits, Linger
 from ipc.sampling_params import SamplingParams
 
 MAX_LONG_TEXTS = 2  # tokenised at a time: threads compete with the event loop for the cores
@@ -54,6 +56,7 @@ class NewRequest:
     data_parallel_rank: int | None = None
     # The HTTP API refuses a max_tokens that the context has no room for; else it is cut to fit.
     max_tokens_must_fit: bool = False
+    linger: Linger | None = None  # the stream may be taken up again; see ``AsyncLLM.resume_stream``
 
 
 @dataclass(slots=True)
@@ -106,6 +109,15 @@ class InputProcessor:
         self._seeds = SeedSource(model_config.seed)
         self._num_admitted = 0
         self._eos_token_ids, self._further_eos_token_ids = self._end_of_text_ids()
+
+    def set_limits(self, limits: Limits) -> None:
+        """Take requests for another core from now on."""
+        self._limits = limits
+
+    def close(self) -> None:
+        """End the pool, if there is one."""
+        if self._pool is not None:
+            self._pool.close()
 
     def set_tokenizer(self, tokenizer: Tokenizer) -> None:
         """Tokenise from now on with another tokenizer, and without a pool."""
@@ -160,10 +172,8 @@ class InputProcessor:
         processors = resolve_processors(params.logits_processors)
         if params.stop_strings and self.tokenizer is None:
             raise RequestError("stop strings need the tokenizer, which was not loaded", "stop")
-        self._num_admitted += 1
         message = AddRequest(
-            # Short, and never used twice: late outputs of an aborted request find nobody.
-            req_id=f"{self._num_admitted:x}",
+            req_id=self._new_req_id(),
             prompt_token_ids=prompt_token_ids,
             params=self._wire_params(params, len(prompt_token_ids)),
             arrival_time_s=time.time() if new.arrival_time is None else new.arrival_time,
@@ -172,9 +182,22 @@ class InputProcessor:
             cache_salt=_check_id("cache_salt", new.cache_salt or prompt.cache_salt),
             bad_words_token_ids=self._bad_words(params.bad_words or ()),
             has_logits_processors=bool(processors),
+            linger=new.linger,
         )
         text = new.prompt_text if prompt.text is None else prompt.text
         return AdmittedRequest(new.request_id, text, params, message, new.lora_request, processors)
+
+    def readmit(
+        self, request: AddRequest, request_id: str, params: SamplingParams
+    ) -> AdmittedRequest:
+        """A request that another frontend, or this one, had admitted, under a new name."""
+        message = msgspec.structs.replace(request, req_id=self._new_req_id(), resumed=[])
+        return AdmittedRequest(request_id, None, params, message, None, [])
+
+    def _new_req_id(self) -> str:
+        """Short, and never used twice: late outputs of an aborted request find nobody."""
+        self._num_admitted += 1
+        return f"{self._num_admitted:x}"
 
     def _check_text(self, text: str, options: Mapping[str, Any] | None) -> tuple[Tokenizer, bool]:
         """The tokenizer, and whether special tokens are wanted."""

@@ -80,7 +80,7 @@ class JournalEntry:
             for branch in self.branches
             if branch.token_ids or branch.is_finished
         ]
-        return msgspec.structs.replace(self.request, resumed=resumed)
+        return msgspec.structs.replace(self.request, resumed=resumed, num_attempts=self.attempts)
 
 
 class Journal:

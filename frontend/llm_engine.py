@@ -405,7 +405,7 @@ def _launch(config: EngineConfig) -> tuple[Tokenizer | None, CoreClient]:
 
 
 def _connect_in_process(config: EngineConfig, executor_class: ExecutorClass | None) -> CoreClient:
-    from frontend.core_client import InprocCoreClient
+    from frontend.inproc_client import InprocCoreClient
 
     if isinstance(executor_class, str):
         return InprocCoreClient(with_executor_path(config, executor_class))

@@ -5,9 +5,11 @@ processors made of it. They see float32 tensors on the CPU; torch is imported wi
 never before. Whatever they raise fails their own request, and only that.
 """
 
+import asyncio
 import inspect
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -130,3 +132,31 @@ def _count_arguments(function: Callable[..., Any]) -> int:
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
         return max(2, len(required))
     return len(required)
+
+
+class ProcessorThread:
+    """Runs the user's code beside an event loop: one thread, so that rows stay in order.
+
+    Args:
+        send: called in the loop with each answer for the core.
+    """
+
+    def __init__(self, send: Callable[[ProcessedLogits, Frames], None]) -> None:
+        self._send = send
+        self._thread: ThreadPoolExecutor | None = None  # made with the first row
+
+    def run(self, work: RowWork) -> None:
+        """Process one row of logits, and send what became of it."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "logits-processors")
+        loop = asyncio.get_running_loop()
+        loop.run_in_executor(self._thread, run_processors, work).add_done_callback(self._answer)
+
+    def close(self) -> None:
+        """Forget what has not begun. Harmless when repeated."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _answer(self, future: "asyncio.Future[tuple[ProcessedLogits, Frames]]") -> None:
+        if not future.cancelled():
+            self._send(*future.result())

@@ -37,8 +37,15 @@ class LoopHooks:
         self._descriptors.discard(descriptor)
         self.loop.remove_reader(descriptor)
 
+    def clear(self) -> None:
+        """Undo every ``add``."""
+        for descriptor in tuple(self._descriptors):
+            self.remove(descriptor)
+
     def repeat(self, callback: Callable[[], None], interval_s: float) -> None:
-        """Call ``callback`` every ``interval_s``."""
+        """Call ``callback`` every ``interval_s``, and nothing else any more."""
+        if self._timer is not None:
+            self._timer.cancel()
 
         def run() -> None:
             self._timer = self.loop.call_later(interval_s, run)

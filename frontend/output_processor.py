@@ -10,6 +10,7 @@ Knows nothing of sockets and event loops: it is told the time, and it says what 
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from frontend.detokenizer import Detokenizer
 from frontend.inputs import AdmittedRequest
@@ -22,10 +23,12 @@ from frontend.stat_loggers import FinishedRequestStats, IterationStats
 from frontend.stop_strings import StopStringMatcher
 from frontend.tokenizer import Tokenizer
 from ipc import errors
-from ipc.errors import EngineDeadError, EngineError, EngineGenerateError
+from ipc.errors import EngineError, EngineGenerateError
 from ipc.messages import EngineOutput, EngineOutputs, FinishReason, LogitsRow
 from ipc.sampling_params import RequestOutputKind
 from ipc.tensors import Frames
+
+AnyError = TypeVar("AnyError", bound=EngineError)
 
 
 @dataclass(slots=True)
@@ -154,8 +157,8 @@ class OutputProcessor:
         self._end(state.req_id, FinishReason.ABORT, now_s)
         return True
 
-    def fail_all(self, error: EngineDeadError, now_s: float) -> list[RequestState]:
-        """The engine died: end every open request; return them, oldest first.
+    def fail_all(self, error: EngineError, now_s: float) -> list[RequestState]:
+        """The engine died or changed: end every open request; return them, oldest first.
 
         Each gets an error object of its own, as each will be raised in another task.
         """
@@ -260,7 +263,7 @@ class OutputProcessor:
             self._finished.append(summarise(state))
 
 
-def copy_error(error: EngineDeadError) -> EngineDeadError:
+def copy_error(error: AnyError) -> AnyError:
     """The same error once more, as nobody has raised it yet."""
     return copy.copy(error).with_traceback(None)
 

@@ -229,6 +229,12 @@ class RequestState:
             error=None if self.failure is None else str(self.failure),
         )
 
+    def skip(self, index: int, num_tokens: int) -> None:
+        """Count a branch's first tokens and their text as taken before."""
+        branch = self.branches[index]
+        branch.new_pieces.clear()
+        branch.num_taken_tokens = num_tokens
+
     def take_text(self, index: int) -> str:
         """A branch's new text, where that is all a stream shows; "" when there is none.
 

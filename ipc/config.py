@@ -125,6 +125,7 @@ class ParallelConfig:
     executor_class: str | None = None  # "package.module:Class": takes the place of the backend
     worker_threads: int | None = None  # CPU device: torch threads per worker; None: all cores
     iteration_timeout_s: float = 60.0  # without a result for so long workers are stuck; 0: never
+    enable_recovery: bool = True  # start another core when one is lost
 
     @property
     def world_size(self) -> int:

@@ -8,6 +8,7 @@ EngineError
 ├── EngineGenerateError     one request failed inside the engine             HTTP 500
 ├── EngineStartError        a process could not start; carries the cause     exit code 3
 │   └── DeviceStartError    the device does not work                         exit code 6
+├── EngineRestartingError   the core was lost and another one is starting    HTTP 503
 ├── EngineDeadError         a process is gone and was given up               HTTP 503, exit 4 or 5
 │   └── DeviceDeadError     the device stopped working                       exit code 6
 ├── ProtocolError           a peer speaks another protocol or schema         connection refused
@@ -53,6 +54,10 @@ class UnsupportedError(RequestError):
     """The request uses a feature of the contract that this version does not have."""
 
 
+class UnknownStreamError(RequestError):
+    """No stream of that name lingers: it never did, or its time is over."""
+
+
 class EngineOverloadedError(EngineError):
     """Too much is in flight; nothing was started, so retrying later is safe."""
 
@@ -70,6 +75,14 @@ class EngineStartError(EngineError, RuntimeError):
 
     exit_code = ExitCode.START_FAILED
 
+    def __init__(self, message: str, *, killed_by: int = 0) -> None:
+        super().__init__(message)
+        self.killed_by = killed_by  # the signal that ended a worker, if that was the cause
+
+
+class EngineRestartingError(EngineError):
+    """The engine core was lost and another one is starting; open requests go on by themselves."""
+
 
 class EngineDeadError(EngineError, RuntimeError):
     """The engine stopped and was given up; every open request got this error.
@@ -77,12 +90,14 @@ class EngineDeadError(EngineError, RuntimeError):
     Args:
         message: what happened.
         exit_code: the engine's own, where it left one.
+        killed_by: the signal that ended a worker, if that was the cause.
     """
 
     exit_code = ExitCode.WORKER_DIED
 
-    def __init__(self, message: str, exit_code: int | None = None) -> None:
+    def __init__(self, message: str, exit_code: int | None = None, killed_by: int = 0) -> None:
         super().__init__(message)
+        self.killed_by = killed_by
         if exit_code is not None:
             self.exit_code = ExitCode(exit_code)
 

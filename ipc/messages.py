@@ -63,6 +63,8 @@ class Welcome(Message, frozen=True):
     model_digest: str
     limits: Limits
     config: bytes  # the effective EngineConfig, msgpack
+    core_pid: int = 0
+    supervisor_pid: int = 0  # of who starts another core when this one is lost; 0: nobody does
 
 
 class Refused(Message, frozen=True):
@@ -91,6 +93,14 @@ class ResumedBranch(Part, frozen=True):
     is_finished: bool = False
 
 
+class Linger(Part, frozen=True):
+    """A stream that may be taken up again when its reader, or its frontend, was lost."""
+
+    stream_id: str  # nobody can guess it: who knows it may take the stream up
+    seconds: float  # how long it waits for that, running or finished
+    presentation: bytes = b""  # the frontend's own: how the stream's events look
+
+
 class AddRequest(Message, frozen=True):
     """Admit one tokenised request. All branches (``params.num_branches``) run in the core."""
 
@@ -105,6 +115,8 @@ class AddRequest(Message, frozen=True):
     bad_words_token_ids: list[list[int]] = []  # params.bad_words, tokenised
     has_logits_processors: bool = False  # each row of logits visits the frontend
     resumed: list[ResumedBranch] = []
+    num_attempts: int = 1  # times it was sent; above 1 it was admitted before: never refuse a queue
+    linger: Linger | None = None
 
 
 class AbortRequests(Message, frozen=True):
@@ -195,6 +207,13 @@ class EngineOutput(Part, frozen=True):
     error_kind: str = "EngineGenerateError"  # class of ipc.errors to raise for ``error``
 
 
+class ReclaimedRequest(Part, frozen=True):
+    """What it takes to go on with a stream elsewhere; the core itself has let go of it."""
+
+    request: AddRequest  # as it was admitted
+    branches: list[EngineOutput]  # one each, all that it has brought so far
+
+
 class LogitsRow(Part, frozen=True):
     """A row of raw logits that must visit the user's logits processors before sampling."""
 
@@ -223,6 +242,7 @@ class SchedulerStats(Part, frozen=True):
     num_steps: int = 0  # counter
     num_leaked_blocks: int = 0  # from the self-check of an idle core: always 0
     step_num_tokens: int = 0  # tokens of the latest step
+    num_restarts: int = 0  # counter, from the start of the engine: cores that were lost
 
 
 class EngineOutputs(Message, frozen=True):
@@ -241,6 +261,7 @@ class EngineFailed(Message, frozen=True):
     epoch: int
     reason: str
     exit_code: int
+    killed_by: int = 0  # the signal that ended a worker, if one was the cause and was not ours
 
 
 # ---------------------------------------------------------------- core -> workers

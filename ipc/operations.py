@@ -57,6 +57,16 @@ class CheckWorkers(Message, frozen=True):
     """Ask every rank for a sign of life. Result: list[WorkerInfo]."""
 
 
+class ReclaimRequest(Message, frozen=True):
+    """Let go of a lingering request, so that the caller can add it anew. Result: ReclaimedRequest.
+
+    Whoever had it sees it aborted. One that has finished stays until its time is over.
+    """
+
+    stream_id: str
+    num_taken: list[int] = []  # tokens of each branch that its reader has
+
+
 AnyOperation = (
     ResetPrefixCache
     | GetStats
@@ -69,4 +79,5 @@ AnyOperation = (
     | ResumeGeneration
     | IsPaused
     | CheckWorkers
+    | ReclaimRequest
 )

@@ -6,15 +6,17 @@ result still does not depend on batch mates. The padding repeats a key of the re
 no weight, so whatever an earlier owner left in a block cannot spread. What all layers of a step
 need to know is worked out once.
 
-bfloat16 is the fast form. Keys are gathered by whole blocks, which takes half as long as key by
-key; so what lies beside a request's own keys must be finite there, which the cache's owner sees to
-(a row with NaN is scrubbed when it leaves; overflow needs 3e38 in bfloat16). And requests of
-different widths share a call where that is cheaper than two: there, unlike in float32, a wider
-padding was never seen to change a bit of the result.
+bfloat16 is the fast form. Requests with one query attend in one compiled call, key after key, which
+reads nothing but a request's own keys. Where that is not to be had, keys are gathered by whole
+blocks, which takes half as long as key by key; so what lies beside a request's own keys must be
+finite there, which the cache's owner sees to (a row with NaN is scrubbed when it leaves; overflow
+needs 3e38 in bfloat16). And requests of different widths share a call where that is cheaper than
+two: there, unlike in float32, a wider padding was never seen to change a bit of the result.
 """
 
 from bisect import bisect_right
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +25,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels import cpu_library
 from kernels.attention_step import Options, Step, StepMemo
 
 # Of keys, and as much of values, gathered at a time: so they are still in a core's cache when used.
@@ -77,6 +80,8 @@ def paged_attention_cpu(
 ) -> Tensor:
     """Return [T, N, D]; rows of no request are zeros."""
     caches = (key_cache, value_cache)
+    if _is_compiled(q, key_cache):
+        return _attend_compiled(q, caches, step, options)
     plan = _plan_of(q, key_cache, step, options.sliding_window, memo)
     if plan.runs and plan.rows is None:
         return _decode(q, caches, plan.runs, options)
@@ -86,6 +91,48 @@ def paged_attention_cpu(
     if plan.rows is not None:
         decoded = _decode(q.index_select(0, plan.rows), caches, plan.runs, options)
         out.index_copy_(0, plan.rows, decoded)
+    return out
+
+
+def _is_compiled(q: Tensor, key_cache: Tensor) -> bool:
+    K, D = key_cache.shape[2:]
+    fits = D <= cpu_library.MAX_HEAD_DIM and q.shape[1] <= cpu_library.MAX_GROUP * K
+    return fits and cpu_library.library_for(q) is not None
+
+
+def _attend_compiled(q: Tensor, caches: _Caches, step: Step, options: Options) -> Tensor:
+    """All requests of one query in a call, those of several by torch's attention."""
+    block_table, query_start_loc, seq_lens, max_query_len, _ = step
+    library = cpu_library.load()
+    assert library is not None, "_is_compiled said so"
+    _, block_size, K, D = caches[0].shape
+    N, B = q.shape[1], seq_lens.shape[0]
+    out = torch.zeros(q.shape, dtype=q.dtype)  # rows of no request, or of one without keys
+    library.decode_attention(
+        q.data_ptr(),
+        q.stride(0),
+        caches[0].data_ptr(),
+        caches[1].data_ptr(),
+        block_table.data_ptr(),
+        block_table.stride(0),
+        query_start_loc.data_ptr(),
+        seq_lens.data_ptr(),
+        out.data_ptr(),
+        B,
+        N,
+        K,
+        D,
+        block_size,
+        options.sliding_window or 0,
+        options.scale,
+        options.soft_cap or 0.0,
+        torch.get_num_threads(),
+    )
+    if max_query_len > 1:
+        starts, lens = query_start_loc.tolist(), seq_lens.tolist()
+        for b, (start, end) in enumerate(pairwise(starts)):
+            if end - start > 1 and lens[b] > 0:
+                out[start:end] = _prefill(q[start:end], caches, block_table[b], lens[b], options)
     return out
 
 

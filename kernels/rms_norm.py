@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import dependent_launch
+from kernels import cpu_library, dependent_launch
+from kernels.cpu_library import address
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, *, weight_offset: float = 0.0) -> Tensor:
@@ -83,7 +84,9 @@ def fused_add_rms_norm_reference(
 
 
 def rms_norm_cpu(x: Tensor, weight: Tensor, eps: float, weight_offset: float) -> Tensor:
-    """The CPU path: torch's own composite, which spares a third of the reference's calls."""
+    """The CPU path: one compiled call, or torch's own composite."""
+    if _is_compiled(x, None, weight, weight_offset):
+        return _compiled(x, None, weight, eps)[0]
     scale = weight if weight_offset == 0.0 else weight.float() + weight_offset
     if x.dtype == scale.dtype == torch.float32:
         return F.rms_norm(x, scale.shape, scale, eps)
@@ -97,9 +100,44 @@ def fused_add_rms_norm_cpu(
     if x.dtype == torch.float32:
         h = x + residual
         return rms_norm_cpu(h, weight, eps, weight_offset), h
+    if _is_compiled(x, residual, weight, weight_offset):
+        return _compiled(x, residual, weight, eps)
     h = residual + x if residual.dtype == torch.float32 else x.float() + residual
     scale = weight if weight_offset == 0.0 else weight.float() + weight_offset
     return _norm_cpu(h, scale, eps).to(x.dtype), h
+
+
+def _is_compiled(x: Tensor, residual: Tensor | None, weight: Tensor, weight_offset: float) -> bool:
+    """Whether ``cpu_kernels.c`` has this form: weights as a layer on a CPU keeps them."""
+    if weight_offset or weight.dtype is not torch.float32 or not x.is_contiguous():
+        return False
+    return cpu_library.library_for(x) is not None
+
+
+def _compiled(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """``(y, h)``; without a residual h is x itself."""
+    library = cpu_library.load()
+    assert library is not None, "_is_compiled said so"
+    H = x.shape[-1]
+    y, h, wide, narrow = torch.empty_like(x), x, None, None
+    if residual is not None:
+        h = torch.empty(x.shape)
+        wide, narrow = (residual, None) if residual.dtype is torch.float32 else (None, residual)
+    library.add_rms_norm(
+        x.data_ptr(),
+        address(wide),
+        address(narrow),
+        weight.data_ptr(),
+        y.data_ptr(),
+        h.data_ptr(),
+        x.numel() // H,
+        H,
+        eps,
+        torch.get_num_threads(),
+    )
+    return y, h
 
 
 def _norm_cpu(h: Tensor, scale: Tensor, eps: float) -> Tensor:

@@ -13,6 +13,7 @@ from executor.layers.rotary import RotaryStep
 from executor.model_config import ModelShape
 from kernels.paged_attention import paged_attention
 from kernels.qkv_rope_store import HeadNorm, PagedCache, qkv_rope_store
+from kernels.qkv_rope_store_cpu import can_serve, qkv_rope_store_cpu
 from kernels.store_kv_cache import store_kv_cache
 
 
@@ -127,10 +128,28 @@ class Attention(nn.Module):
             rotary: None where positions are learned, and already added to ``hidden``.
         """
         qkv = self.qkv_proj.forward(hidden)
+        cache = PagedCache(kv_cache.key, kv_cache.value, meta.slot_mapping)
+        q = self._store(qkv, rotary, cache)
+        return self.o_proj.forward(self.attend.attend_stored(q, kv_cache, meta))
+
+    def _store(self, qkv: Tensor, rotary: RotaryStep | None, cache: PagedCache) -> Tensor:
+        """Norm, rotation and store, in one call where there is one; the queries [T, N, D]."""
         if qkv.is_cuda:
-            q = self._store(qkv, rotary, kv_cache, meta)
-            return self.o_proj.forward(self.attend.attend_stored(q, kv_cache, meta))
-        qkv = qkv.view(hidden.shape[0], -1, self.head_dim)
+            return self._store_by_kernel(qkv, rotary, cache)
+        norm = self._head_norm()
+        if can_serve(qkv, cache, norm):
+            rows = {} if rotary is None else {"cos": rotary.cos, "sin": rotary.sin}
+            return qkv_rope_store_cpu(qkv, self.attend.num_heads, cache, norm=norm, **rows)
+        return self._store_by_parts(qkv, rotary, cache)
+
+    def _store_by_kernel(self, qkv: Tensor, rotary: RotaryStep | None, cache: PagedCache) -> Tensor:
+        rotation = None if rotary is None else rotary.rotation
+        num_heads, norm = self.attend.num_heads, self._head_norm()
+        return qkv_rope_store(qkv, num_heads, cache, norm=norm, rotation=rotation)
+
+    def _store_by_parts(self, qkv: Tensor, rotary: RotaryStep | None, cache: PagedCache) -> Tensor:
+        """The same by one call after the other: a CPU's way for all but bfloat16."""
+        qkv = qkv.view(qkv.shape[0], -1, self.head_dim)
         num_heads, num_kv_heads = self.attend.num_heads, self.attend.num_kv_heads
         qk, v = qkv[:, : num_heads + num_kv_heads], qkv[:, num_heads + num_kv_heads :]
         q, k = qk[:, :num_heads], qk[:, num_heads:]
@@ -140,24 +159,11 @@ class Attention(nn.Module):
                 q, k = rotary.rotate_pair(q, k)
         elif rotary is not None:
             q, k = rotary.rotate(qk, num_heads)
-        return self.o_proj.forward(self.attend.forward(q, k, v, kv_cache, meta))
+        store_kv_cache(k, v, *cache)
+        return q
 
-    def _store(
-        self,
-        qkv: Tensor,
-        rotary: RotaryStep | None,
-        kv_cache: LayerKVCache,
-        meta: AttentionMetadata,
-    ) -> Tensor:
-        """Norm, rotation and store in one launch; returns the queries [T, N, D]."""
-        norm = None
-        if self.q_norm is not None and self.k_norm is not None:
-            q_norm, k_norm = self.q_norm, self.k_norm
-            norm = HeadNorm(q_norm.weight, k_norm.weight, q_norm.eps, q_norm.weight_offset)
-        return qkv_rope_store(
-            qkv,
-            self.attend.num_heads,
-            PagedCache(kv_cache.key, kv_cache.value, meta.slot_mapping),
-            norm=norm,
-            rotation=None if rotary is None else rotary.rotation,
-        )
+    def _head_norm(self) -> HeadNorm | None:
+        q_norm, k_norm = self.q_norm, self.k_norm
+        if q_norm is None or k_norm is None:
+            return None
+        return HeadNorm(q_norm.weight, k_norm.weight, q_norm.eps, q_norm.weight_offset)

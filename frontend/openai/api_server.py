@@ -39,6 +39,7 @@ from frontend.openai.protocol import (
     openapi_schema,
 )
 from frontend.openai.state import ServerState
+from frontend.openai.streams import end_stream, resume_stream
 from frontend.openai.tokens import detokenize, tokenize
 from frontend.openai.user_middleware import UserMiddleware
 from ipc.errors import EngineError, UnsupportedError
@@ -168,6 +169,18 @@ async def detokenize_tokens(request: Request) -> Response:
 async def embeddings(request: Request) -> Response:
     """Refused: this version generates text only."""
     raise UnsupportedError("pooling and embeddings are not supported by this version")
+
+
+@router.get("/v1/streams/{response_id}")
+async def stream(request: Request, response_id: str) -> Response:
+    """Go on with a stream that was asked to linger, behind ``after`` or ``Last-Event-ID``."""
+    return await resume_stream(_state(request), request, response_id)
+
+
+@router.delete("/v1/streams/{response_id}")
+async def delete_stream(request: Request, response_id: str) -> Response:
+    """End a stream that was asked to linger."""
+    return await end_stream(_state(request), request, response_id)
 
 
 @router.get("/health")

@@ -1,6 +1,7 @@
 """POST /v1/chat/completions: messages in, an answer of the response role out."""
 
 import time
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
@@ -19,6 +20,7 @@ from frontend.openai.generation import (
     make_jobs,
     read_body,
 )
+from frontend.openai.linger import EventIds, Origin, make_linger
 from frontend.openai.logprobs import chat_logprobs, prompt_logprobs_body
 from frontend.openai.protocol import (
     ChatCompletionRequest,
@@ -76,7 +78,9 @@ async def make_answer(
     params = sampling_params(body, state.chat_defaults, max_tokens)
     prompt = await chat_prompt(state, body)
     (job,) = make_jobs(request, body, [prompt], params, field_names)
-    return ChatAnswer(state, body, job)
+    origin = Origin(f"chatcmpl-{job.req_id[:32]}", int(time.time()))
+    job = replace(job, linger=make_linger(request, body, origin))
+    return ChatAnswer(state, body, job, origin)
 
 
 async def chat_prompt(state: ServerState, body: ChatCompletionRequest | TokenizeRequest) -> str:
@@ -113,13 +117,15 @@ async def chat_prompt(state: ServerState, body: ChatCompletionRequest | Tokenize
 class ChatAnswer:
     """One chat answer in the making, whole or as a stream."""
 
-    def __init__(self, state: ServerState, body: ChatCompletionRequest, job: Job) -> None:
+    def __init__(
+        self, state: ServerState, body: ChatCompletionRequest, job: Job, origin: Origin
+    ) -> None:
         self._state = state
         self._body = body
         self._job = job
-        self._id = f"chatcmpl-{job.req_id[:32]}"
-        self._created = int(time.time())
-        self._usage = UsageCounter(1)
+        self._origin = origin
+        self._id, self._created = origin.response_id, origin.created
+        self._usage = UsageCounter(1, sum(origin.num_taken))
         last = flatten_messages(body.messages[-1:])[0]
         asks_role = body.add_generation_prompt is not False
         self._role = state.options.response_role if asks_role else last["role"]
@@ -157,7 +163,8 @@ class ChatAnswer:
         indexes = range(body.n or 1)
         formats = [ChunkFormat(head, i, is_chat=True, usage_null=usage_null) for i in indexes]
         is_plain = not (body.logprobs or body.return_token_ids or asks_continuous_usage(body))
-        has_begun = False
+        has_begun = self._origin.has_begun
+        ids = EventIds(len(formats), self._origin.num_taken, is_on=self._job.linger is not None)
 
         async def take(output: RequestOutput) -> None:
             nonlocal has_begun
@@ -168,16 +175,16 @@ class ChatAnswer:
                 if self._echo:
                     usage = fields.get("usage")
                     opening += [chunks.chunk(self._echo, usage=usage) for chunks in formats]
-                await write(b"".join(opening))
+                await write(b"".join(ids.before() + chunk for chunk in opening))
             self._usage.take(0, output)
             for sequence in output.outputs:
-                chunks = formats[sequence.index]
+                chunks, event_id = formats[sequence.index], ids.of(sequence)
                 if not is_plain or sequence.finish_reason is not None:
-                    await write(self._rich_chunk(chunks, output, sequence))
+                    await write(event_id + self._rich_chunk(chunks, output, sequence))
                 elif sequence.text:
-                    await write(chunks.text_chunk(sequence.text))
+                    await write(event_id + chunks.text_chunk(sequence.text))
 
-        shortcut = write.shortcut(formats) if is_plain else None
+        shortcut = write.shortcut(formats) if is_plain and self._job.linger is None else None
         await consume(self._state, self._job, take, shortcut)
         if usage_null:
             await write(usage_chunk(head, self._usage.body()))

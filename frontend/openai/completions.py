@@ -1,6 +1,7 @@
 """POST /v1/completions: prompts in, choices numbered prompt times n out, whole or streamed."""
 
 import time
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from frontend.openai.generation import (
     read_body,
     run_all,
 )
+from frontend.openai.linger import EventIds, Origin, make_linger
 from frontend.openai.logprobs import CompletionLogprobs, Position, prompt_logprobs_body
 from frontend.openai.protocol import (
     MAX_BRANCHES_PER_BODY,
@@ -79,22 +81,39 @@ def make_answer(state: ServerState, request: Request, body: CompletionRequest) -
     if body.echo and body.logprobs is not None and params.prompt_logprobs is None:
         params.prompt_logprobs = body.logprobs
     jobs = make_jobs(request, body, prompts, params, FIELD_NAMES)
-    return Answer(state, body, jobs, is_prompt_only=is_prompt_only)
+    origin = Origin(f"cmpl-{jobs[0].req_id[:32]}", int(time.time()))
+    if (linger := make_linger(request, body, origin)) is not None:
+        jobs = [replace(jobs[0], linger=linger)]
+    return Answer(state, body, jobs, origin, is_prompt_only=is_prompt_only)
+
+
+def resume_answer(
+    state: ServerState, body: CompletionRequest, job: Job, origin: Origin
+) -> "Answer":
+    """A stream that goes on."""
+    is_prompt_only = bool(body.echo) and body.max_tokens == 0
+    return Answer(state, body, [job], origin, is_prompt_only=is_prompt_only)
 
 
 class Answer:
     """One completion answer in the making, whole or as a stream."""
 
     def __init__(
-        self, state: ServerState, body: CompletionRequest, jobs: list[Job], *, is_prompt_only: bool
+        self,
+        state: ServerState,
+        body: CompletionRequest,
+        jobs: list[Job],
+        origin: Origin,
+        *,
+        is_prompt_only: bool,
     ) -> None:
         self._state = state
         self._body = body
         self._jobs = jobs
         self._is_prompt_only = is_prompt_only
-        self._id = f"cmpl-{jobs[0].req_id[:32]}"
-        self._created = int(time.time())
-        self._usage = UsageCounter(len(jobs))
+        self._origin = origin
+        self._id, self._created = origin.response_id, origin.created
+        self._usage = UsageCounter(len(jobs), sum(origin.num_taken))
         self._as_ids = bool(body.return_tokens_as_token_ids)
 
     async def whole(self) -> dict[str, Any]:
@@ -139,7 +158,8 @@ class Answer:
     ) -> None:
         body = self._body
         logprobs = [self._make_logprobs() for _ in formats]
-        has_begun = [False] * len(formats)
+        has_begun = [self._origin.has_begun] * len(formats)
+        ids = EventIds(len(formats), self._origin.num_taken, is_on=job.linger is not None)
         is_plain = not (
             body.echo
             or body.return_token_ids
@@ -150,18 +170,19 @@ class Answer:
         async def take(output: RequestOutput) -> None:
             self._count(number, output)
             for sequence in output.outputs:
-                index = sequence.index
+                index, event_id = sequence.index, ids.of(sequence)
                 if is_plain and sequence.finish_reason is None:
                     if sequence.text:
-                        await write(formats[index].text_chunk(sequence.text))
+                        await write(event_id + formats[index].text_chunk(sequence.text))
                     continue
                 is_first = not has_begun[index]
                 has_begun[index] = True
-                await write(
-                    self._rich_chunk(formats[index], output, sequence, logprobs[index], is_first)
+                chunk = self._rich_chunk(
+                    formats[index], output, sequence, logprobs[index], is_first
                 )
+                await write(event_id + chunk)
 
-        shortcut = write.shortcut(formats) if is_plain else None
+        shortcut = write.shortcut(formats) if is_plain and job.linger is None else None
         await consume(self._state, job, take, shortcut)
 
     def _rich_chunk(

@@ -15,6 +15,7 @@ from ipc.errors import (
     EngineDeadError,
     EngineGenerateError,
     EngineOverloadedError,
+    EngineRestartingError,
     RequestError,
 )
 
@@ -54,6 +55,7 @@ STATUSES: tuple[tuple[type[Exception], int, str], ...] = (
     (RequestError, 400, "BadRequestError"),
     (DrainingError, 503, "ServiceUnavailableError"),
     (EngineOverloadedError, 429, "RateLimitError"),
+    (EngineRestartingError, 503, "ServiceUnavailableError"),
     (EngineDeadError, 503, "ServiceUnavailableError"),
     (EngineGenerateError, 500, "InternalServerError"),
     (ClientGoneError, 499, "ClientClosedRequest"),

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from starlette.requests import Request
 
+from frontend.async_session import OutputStream
 from frontend.openai.errors import (
     BodyTimeoutError,
     ClientGoneError,
@@ -19,6 +20,7 @@ from frontend.openai.sse import TextShortcut, first_error
 from frontend.openai.state import ServerState
 from frontend.outputs import RequestOutput
 from ipc.errors import EngineGenerateError, RequestError
+from ipc.messages import Linger
 from ipc.sampling_params import SamplingParams
 
 MAX_BODY_BYTES = 32 << 20
@@ -38,6 +40,8 @@ class Job:
     cache_salt: str | None
     add_special_tokens: bool
     field_names: Mapping[str, str]  # the engine's name of a field -> the body's
+    linger: Linger | None = None
+    resumed: OutputStream | None = None  # the engine has it already
 
 
 async def read_body(request: Request, kind: type[Body], state: ServerState) -> Body:
@@ -123,7 +127,8 @@ async def consume(
     take: Callable[[RequestOutput], Awaitable[None]],
     shortcut: TextShortcut | None = None,
 ) -> None:
-    """Give every output of a job to ``take``. Leaving early, for any reason, aborts it.
+    """Give every output of a job to ``take``. Leaving early, for any reason, aborts it, unless
+    it lingers.
 
     Args:
         shortcut: writes the text between the first output and the last by itself; its tokens
@@ -134,15 +139,19 @@ async def consume(
         "cache_salt": job.cache_salt,
         "max_tokens_must_fit": True,
     }
+    if job.linger is not None:
+        options["linger"] = job.linger
     inputs: dict[str, Any] = {"prompt_token_ids": job.prompt}
     if isinstance(job.prompt, str):
         inputs = {"prompt": job.prompt}
         options["tokenization_kwargs"] = {"add_special_tokens": job.add_special_tokens}
-    try:
-        stream = await state.engine.add_request(job.req_id, inputs, job.params, **options)
-    except RequestError as err:
-        err.param = job.field_names.get(err.param or "", err.param)
-        raise
+    stream = job.resumed
+    if stream is None:
+        try:
+            stream = await state.engine.add_request(job.req_id, inputs, job.params, **options)
+        except RequestError as err:
+            err.param = job.field_names.get(err.param or "", err.param)
+            raise
     state.open_req_ids.add(job.req_id)
     if shortcut is not None:
         stream.offer_news_to(shortcut)
@@ -153,7 +162,10 @@ async def consume(
             await take(output)
     finally:  # no await here: clean-up must also work while being cancelled
         state.open_req_ids.discard(job.req_id)
-        stream.close()
+        if job.linger is None or stream.finished:
+            stream.close()
+        else:  # its reader was lost, and may come back
+            state.lingerers.keep(job.linger, stream)
 
 
 async def run_all(work: Sequence[Callable[[], Awaitable[T]]], at_once: int) -> list[T]:
@@ -192,10 +204,11 @@ class UsageCounter:
 
     __slots__ = ("_cached", "_completion", "_prompts")
 
-    def __init__(self, num_prompts: int) -> None:
+    def __init__(self, num_prompts: int, num_taken: int = 0) -> None:
+        """``num_taken`` tokens were generated before what will be counted."""
         self._prompts = [0] * num_prompts
         self._cached: list[int | None] = [None] * num_prompts
-        self._completion = 0
+        self._completion = num_taken
 
     def take(self, number: int, output: RequestOutput) -> None:
         """Count an output (or a delta) of prompt ``number``."""

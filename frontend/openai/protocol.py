@@ -15,6 +15,7 @@ from ipc.sampling_params import RequestOutputKind, SamplingParams
 
 MAX_BRANCHES_PER_BODY = 4096  # prompts times best_of
 MAX_TOOLS_BYTES = 1 << 20
+MAX_LINGER_S = 600.0
 
 Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -70,6 +71,7 @@ class Tuning(msgspec.Struct, kw_only=True):
     return_tokens_as_token_ids: bool | None = False
     return_token_ids: bool | None = False
     echo: bool | None = False
+    linger_s: Annotated[float, Meta(ge=0, le=MAX_LINGER_S)] | None = None
     # Known, yet not served by this version: refused with a sentence, never ignored.
     use_beam_search: bool | None = False
     length_penalty: float | None = 1.0

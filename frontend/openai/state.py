@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from frontend.chat_template import template_of_tokenizer
 from frontend.openai.errors import DrainingError, NotFoundError
+from frontend.openai.lingerers import Lingerers
 from ipc.config import ModelConfig
 from ipc.errors import ConfigError, RequestError
 
@@ -59,6 +60,7 @@ class ServerState:
     is_draining: bool = False
     num_open: int = 0  # HTTP requests being answered
     open_req_ids: set[str] = field(default_factory=set)  # what the engine works on for them
+    lingerers: Lingerers = field(default_factory=Lingerers)  # streams that lost their readers
     template_slots: asyncio.Semaphore = field(
         default_factory=lambda: asyncio.Semaphore(MAX_TEMPLATE_PROCESSES)
     )

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -19,14 +20,16 @@ from tests.engine_core.fake_core import make_config
 GONE_LIMIT_S = 5.0
 
 
-def make_scripted_config() -> EngineConfig:
+def make_scripted_config(**parallel: Any) -> EngineConfig:
     """An engine that starts in a moment."""
-    return make_config(executor_class="tests.engine_core.scripted_executor:ScriptedExecutor")
+    return make_config(
+        executor_class="tests.engine_core.scripted_executor:ScriptedExecutor", **parallel
+    )
 
 
-def make_faulty_config(name: str) -> EngineConfig:
+def make_faulty_config(name: str, **parallel: Any) -> EngineConfig:
     """An engine that fails in the way of this class of ``faulty_executors``."""
-    return make_config(executor_class=f"tests.engine_core.faulty_executors:{name}")
+    return make_config(executor_class=f"tests.engine_core.faulty_executors:{name}", **parallel)
 
 
 @contextmanager

@@ -137,8 +137,8 @@ def test_a_second_signal_ends_a_stuck_core_at_once() -> None:
         assert_gone([core], limit_s=0)
 
 
-def test_a_daemon_whose_core_is_killed_says_so_and_fails() -> None:
-    daemon = start_daemon()
+def test_a_daemon_without_recovery_whose_core_is_killed_says_so_and_fails() -> None:
+    daemon = start_daemon("--no-recovery")
     read_address(daemon)
     find_core(daemon.pid).kill()
     _, errors = daemon.communicate(timeout=LIMIT_S)
@@ -243,7 +243,7 @@ def test_modules_of_a_process_import_no_model_library(module: str, also: tuple[s
 
 def test_killing_every_single_process_of_a_daemon_leaves_none_of_the_others() -> None:
     for victim in range(3):
-        daemon = start_daemon(executor="faulty_executors:ChildExecutor")
+        daemon = start_daemon("--no-recovery", executor="faulty_executors:ChildExecutor")
         read_address(daemon)
         processes = descendants(daemon.pid)
         assert len(processes) == 3

@@ -14,7 +14,7 @@ from frontend.request_state import RequestState
 from frontend.tokenizer import FastTokenizer
 from frontend.tokenizer_config import TokenizerConfig
 from ipc.config import EngineConfig, ModelConfig
-from ipc.errors import EngineDeadError
+from ipc.errors import EngineDeadError, EngineRestartingError
 from ipc.messages import (
     PROTOCOL_VERSION,
     AbortBranches,
@@ -243,6 +243,7 @@ class FakeAsyncClient:
 
     def __init__(self, core: FakeCore) -> None:
         self.core = core
+        self.restarting: EngineRestartingError | None = None
         self.is_closed = False
         self.is_held = False  # True: no steps
         self._is_due = False

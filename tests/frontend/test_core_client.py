@@ -18,7 +18,8 @@ import pytest
 import uvloop
 
 from frontend import core_link
-from frontend.core_client import AsyncCoreClient, InprocCoreClient, ProcessCoreClient
+from frontend.core_client import AsyncCoreClient, ProcessCoreClient
+from frontend.inproc_client import InprocCoreClient
 from frontend.launcher import Launch
 from ipc.channel import RouterChannel
 from ipc.curve import load_client_keys, load_server_keys, make_key_directory
@@ -179,7 +180,7 @@ def test_a_failed_step_ends_the_engine_in_this_process() -> None:
     ],
 )
 def test_a_failed_step_is_told_with_its_cause(name: str, cause: str, exit_code: int) -> None:
-    launch = Launch(make_faulty_config(name))
+    launch = Launch(make_faulty_config(name, enable_recovery=False))
     with contextlib.closing(ProcessCoreClient(launch)) as client:
         client.send(make_request("a"))
         for _ in range(2):
@@ -189,7 +190,7 @@ def test_a_failed_step_is_told_with_its_cause(name: str, cause: str, exit_code: 
 
 
 def test_a_killed_core_wakes_who_waits_for_it() -> None:
-    launch = Launch(make_scripted_config())
+    launch = Launch(make_scripted_config(enable_recovery=False))
     with contextlib.closing(ProcessCoreClient(launch)) as client:
         core = find_core(launch.pid)
         killed_at: list[float] = []
@@ -207,7 +208,7 @@ def test_a_killed_core_wakes_who_waits_for_it() -> None:
 
 
 def test_a_killed_core_loses_no_message_that_it_had_sent() -> None:
-    launch = Launch(make_scripted_config())
+    launch = Launch(make_scripted_config(enable_recovery=False))
     with contextlib.closing(ProcessCoreClient(launch)) as client:
         client.send(make_request("a"))
         while client.call(GetStats()).generation_tokens < 4:
@@ -259,7 +260,7 @@ def test_a_refused_frontend_learns_both_values(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_attached_frontend_learns_that_the_core_was_killed() -> None:
-    launch = Launch(make_scripted_config())
+    launch = Launch(make_scripted_config(enable_recovery=False))
     with contextlib.closing(ProcessCoreClient(launch)):
         assert launch.address is not None
         with contextlib.closing(ProcessCoreClient(launch.address)) as guest:
@@ -373,7 +374,7 @@ def test_a_launch_made_before_the_loop_is_taken_over_by_it() -> None:
 @pytest.mark.parametrize("make_loop", LOOPS)
 def test_death_reaches_an_event_loop_at_once_and_once(make_loop: MakeLoop) -> None:
     async def main() -> None:
-        launch = Launch(make_scripted_config())
+        launch = Launch(make_scripted_config(enable_recovery=False))
         client = await AsyncCoreClient.attach(launch)
         errors: list[EngineDeadError] = []
         client.start(lambda *_: None, errors.append)
@@ -443,7 +444,7 @@ def test_a_cancelled_call_harms_no_other() -> None:
         await asyncio.sleep(0)
         cancelled.cancel()
         assert await client.call(IsPaused()) is False
-        assert client._calls == {}
+        assert len(client._calls) == 0
         await client.aclose()
 
     asyncio.run(main())

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from frontend import core_link
-from frontend.core_link import CoreLink, Engine, read_result
+from frontend.core_engine import Engine
+from frontend.core_link import CoreLink, read_result
 from ipc.channel import RouterChannel, wait
 from ipc.errors import (
     EngineDeadError,

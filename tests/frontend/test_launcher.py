@@ -103,7 +103,7 @@ def test_a_start_that_takes_too_long_is_ended() -> None:
 
 
 def test_a_killed_core_is_reported_and_the_tree_ends() -> None:
-    launch = Launch(make_faulty_config("ChildExecutor"))
+    launch = Launch(make_faulty_config("ChildExecutor", enable_recovery=False))
     launch.wait_ready()
     processes = descendants(launch.pid)
     assert len(processes) == 3
@@ -184,7 +184,7 @@ def test_nothing_outlives_the_users_program(script: str) -> None:
 def test_a_forked_copy_of_the_program_may_end_without_ending_the_engine() -> None:
     script = """
         from frontend.core_client import ProcessCoreClient
-        from ipc.messages import IsPaused
+        from ipc.operations import IsPaused
         client = ProcessCoreClient(launch)
         if os.fork() == 0:
             sys.exit(0)

@@ -9,6 +9,7 @@ from ipc.operations import (
     IsPaused,
     IsSleeping,
     PauseGeneration,
+    ReclaimRequest,
     ResetPrefixCache,
     ResumeGeneration,
     Sleep,
@@ -62,6 +63,7 @@ def make_operations() -> list[Message]:
         ResumeGeneration(),
         IsPaused(),
         CheckWorkers(),
+        ReclaimRequest("s", [1, 2]),
     ]
 
 
@@ -75,7 +77,10 @@ def make_messages() -> dict[str, list[Message]]:
     return {
         "FrontendToCore": [
             m.Hello(1, "h", "n", 2),
-            m.AddRequest("r", [1, 2], params, 3.5, [4], 5, lora, "s", [[6]], True, [resumed]),
+            m.AddRequest(
+                "r", [1, 2], params, 3.5, [4], 5, lora, "s", [[6]], True, [resumed],
+                3, m.Linger("t", 7.5, b"p"),
+            ),
             m.AbortRequests(["r"]),
             m.AbortBranches([("r", 1)]),
             m.ProcessedLogits("r", 1, 2, tensor, "e"),
@@ -85,15 +90,15 @@ def make_messages() -> dict[str, list[Message]]:
             *[m.Call(5, operation) for operation in make_operations()],
         ],
         "CoreToFrontend": [
-            m.Welcome(1, "h", 2, "d", make_limits(), b"c"),
+            m.Welcome(1, "h", 2, "d", make_limits(), b"c", 3, 4),
             m.Refused("why"),
             m.EngineOutputs(
                 1, 2, [make_engine_output()], [m.LogitsRow("r", 1, 2, tensor)],
-                m.SchedulerStats(*range(1, 17)),
+                m.SchedulerStats(*range(1, 18)),
             ),
             result,
             m.Heartbeat(1.5),
-            m.EngineFailed(1, "why", 4),
+            m.EngineFailed(1, "why", 4, 9),
         ],
         "CoreToWorker": [
             make_scheduler_output(),

@@ -11,6 +11,8 @@ from kernels.paged_attention import paged_attention_reference
 from kernels.paged_attention_cpu import paged_attention_cpu
 from tests.kernels.cases import DTYPES, assert_close, attention_inputs
 
+pytestmark = pytest.mark.usefixtures("cpu_path")
+
 OPTIONS = [
     pytest.param(Options(0.2, None, None), id="plain"),
     pytest.param(Options(0.2, 7, None), id="window"),

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from kernels import rms_norm
 from tests.kernels.cases import DTYPES, assert_close, packed_qkv, random
 
+pytestmark = pytest.mark.usefixtures("cpu_path")
+
 
 def test_definition_agrees_with_torch() -> None:
     x, weight = random(5, 40), random(40)
@@ -56,6 +58,23 @@ def test_fused_norm_equals_definition_and_keeps_its_inputs(run, dtype: torch.dty
         assert_close(h.to(dtype), expected[1])
         assert torch.equal(x, before[0])
         assert torch.equal(residual, before[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_cpu_norms_with_a_weight_as_its_layers_keep_it(dtype: torch.dtype) -> None:
+    for shape in ((3, 40), (1, 384), (70, 1000), (0, 8)):
+        x, residual = random(*shape, dtype=dtype), random(*shape, dtype=dtype, seed=1)
+        weight = random(shape[-1])
+
+        alone = rms_norm.rms_norm_cpu(x, weight, 1e-5, 0.0)
+        y, h = rms_norm.fused_add_rms_norm_cpu(x, residual, weight, 1e-5, 0.0)
+        again, _ = rms_norm.fused_add_rms_norm_cpu(x, h, weight, 1e-5, 0.0)
+
+        assert h.equal(x.float() + residual.float())
+        assert_close(alone, rms_norm.rms_norm_reference(x, weight, 1e-5, 0.0))
+        assert_close(y, rms_norm.rms_norm_reference(h, weight, 1e-5, 0.0).to(dtype))
+        expected = rms_norm.rms_norm_reference(x.float() + h, weight, 1e-5, 0.0)
+        assert_close(again, expected.to(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -9,6 +9,7 @@ from executor.layers.linear import LayerFactory, UnquantizedLinearMethod
 from executor.layers.rotary import LayerRotary, RotaryStep, make_tables
 from executor.model_config import ModelShape
 from executor.parallel import TensorParallel
+from kernels.qkv_rope_store import PagedCache
 from tests.kernels.cases import random
 
 CPU = torch.device("cpu")
@@ -64,7 +65,8 @@ def test_the_fused_way_stores_and_attends_like_the_other(qk_norm: bool, position
     )
 
     expected = attention(hidden, gathered, caches[0], meta)
-    q = attention._store(attention.qkv_proj(hidden), tables, caches[1], meta)
+    paged = PagedCache(*caches[1], meta.slot_mapping)
+    q = attention._store_by_kernel(attention.qkv_proj(hidden), tables, paged)
     out = attention.o_proj(attention.attend.attend_stored(q, caches[1], meta))
 
     torch.testing.assert_close(caches[1], caches[0])
