@@ -23,6 +23,7 @@ from ipc.channel import RouterChannel
 from ipc.config import EngineConfig, decode_config
 from ipc.curve import load_server_keys
 from ipc.errors import ConfigError, EngineDeadError, EngineStartError, ExitCode
+from ipc.failpoints import arm_core
 from ipc.messages import (
     EngineFailed,
     FrontendToCore,
@@ -112,6 +113,7 @@ class CoreProcess:
         server = CoreServer(
             started.core, started.executor, channel, welcome, signals, drain, self._progress
         )
+        arm_core(decode_config(welcome.config).debug_config, started.core, server)
         settle_garbage_collection()
         self._status.write(Listening(self._address, os.getpid(), self._options.epoch))
         try:

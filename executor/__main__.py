@@ -26,6 +26,7 @@ from executor.worker_process import Boot, identity_of
 from ipc.channel import DealerChannel
 from ipc.config import decode_config
 from ipc.errors import EngineError
+from ipc.failpoints import arm_worker
 from ipc.messages import (
     Call,
     CallResult,
@@ -119,6 +120,7 @@ class Rank:
             early = {"early": EarlyStart(config, boot.rank)}
             make_worker = _default_worker()
         self._worker = make_worker(config, boot.rank)
+        arm_worker(config.debug_config, self._worker)
         ready = self._worker.start(channel.send, boot.rendezvous, **early)
         answers: Answers = DirectAnswers(channel, boot.rank)
         if self._worker.is_asynchronous:

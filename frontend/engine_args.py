@@ -44,6 +44,7 @@ from ipc.config import (
     encode_config,
 )
 from ipc.errors import ConfigError
+from ipc.failpoints import make_debug_config
 
 logger = logging.getLogger(__name__)
 
@@ -232,12 +233,8 @@ class EngineArgs:
     engine_iteration_timeout: float = flag(
         60.0, help="seconds without a step's result after which workers count as stuck; 0: never"
     )
-    recovery: bool = flag(
-        True, help="go on with another core when one, or a worker, dies; without, end with it"
-    )
-    flight_record_dir: str | None = flag(
-        None, help="keep a recording of a lost engine core here, prompts included, for replay"
-    )
+    recovery: bool = flag(True, help="go on with another core when one dies; else end with it")
+    flight_record_dir: str | None = flag(None, help="record the core, prompts too, for a replay")
     flight_recorder_mb: int = flag(64, help="MiB after which a core's recording ends")
     loading_hang_s: float = flag(600.0, help="end a core that loads without progress; 0: never")
     compiling_hang_s: float = flag(600.0, help="the same while it compiles or warms up")
@@ -246,6 +243,8 @@ class EngineArgs:
     disable_sliding_window: bool = flag(
         False, help="attend to everything, and limit the length to the model's sliding window"
     )
+    debug_faults: bool = flag(False, help=argparse.SUPPRESS)  # admits the next one
+    failpoints: Names | None = flag(None, help=argparse.SUPPRESS)  # noqa: RUF009 - a field
 
     @staticmethod
     def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -288,6 +287,7 @@ class EngineArgs:
             device_config=device_config,
             load_config=load_config,
             decoding_config=DecodingConfig(self.guided_decoding_backend),
+            debug_config=make_debug_config(self.failpoints, is_debug=self.debug_faults),
             **optional_configs,  # type: ignore[arg-type]
         )
         check_features(draft)

@@ -272,6 +272,13 @@ class TokenizerPoolConfig:
     extra_config: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class DebugConfig:
+    """What developers break on purpose: nothing, outside their tests."""
+
+    failpoints: tuple[str, ...] = ()  # see ipc/failpoints.py
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """The sum: what one engine runs with, all values resolved and cross-checked."""
@@ -287,6 +294,7 @@ class EngineConfig:
     speculative_config: SpeculativeConfig | None = None
     decoding_config: DecodingConfig = field(default_factory=DecodingConfig)
     tokenizer_pool_config: TokenizerPoolConfig | None = None
+    debug_config: DebugConfig = field(default_factory=DebugConfig)
 
 
 def encode_config(config: EngineConfig) -> bytes:

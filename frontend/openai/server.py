@@ -28,6 +28,7 @@ from frontend.openai.keep_alive import KeepAlive
 from frontend.openai.state import ServerOptions, ServerState, make_state
 from frontend.openai.user_middleware import UserMiddleware
 from ipc.errors import ConfigError, EngineStartError
+from ipc.failpoints import arm_frontend
 
 if TYPE_CHECKING:
     from frontend.async_llm import AsyncLLM
@@ -206,6 +207,7 @@ async def serve(
     try:
         if not await _ready_or_signal(engine):
             return 0
+        arm_frontend(engine.vllm_config.debug_config, engine)
         state = make_state(engine, options, metrics, created=int(time.time()))
         app = build_app(state, listen.cors, listen.middleware)
         server = HttpServer(uvicorn_config(app, listen), state, listen.shutdown_timeout)

@@ -74,8 +74,8 @@ def test_one_that_has_finished_is_told_until_its_time_is_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now_s = 1000.0
-    monkeypatch.setattr("time.monotonic", lambda: now_s)
     rig = Rig()
+    monkeypatch.setattr(rig.core, "_clock", lambda: now_s)
     request = lingering(seconds=5.0)
     rig.add(request)
     rig.run()
@@ -91,8 +91,8 @@ def test_one_that_has_finished_is_told_until_its_time_is_over(
 
 def test_nobody_comes_for_it_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 1000.0
-    monkeypatch.setattr("time.monotonic", lambda: now_s)
     rig = Rig()
+    monkeypatch.setattr(rig.core, "_clock", lambda: now_s)
     rig.add(lingering(seconds=5.0))
     for _ in range(4):
         rig.step()
