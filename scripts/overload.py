@@ -2,7 +2,7 @@
 """More than a server can do, on purpose: floods, overload, slow clients, a drain under load.
 
 Each command starts a server on a model of its own choice, loads it, and prints what clients saw as
-JSON: ``scripts/overload.py flood --requests 10000``. The client is one event loop on plain sockets.
+JSON: ``scripts/overload flood --requests 10000``. The client is one event loop on plain sockets.
 """
 
 import argparse
