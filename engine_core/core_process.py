@@ -16,7 +16,6 @@ import msgspec
 from engine_core.core_server import CoreServer, settle_garbage_collection
 from engine_core.drain import Drain
 from engine_core.flight_record import FlightRecord
-from engine_core.hang_watch import print_stacks_when_asked
 from engine_core.progress import ProgressPage
 from engine_core.start import StartedCore, start_core
 from ipc.channel import RouterChannel
@@ -32,6 +31,7 @@ from ipc.messages import (
     frontend_to_core_decoder,
 )
 from ipc.processes import SignalWatch, die_with
+from ipc.stacks import print_stacks_when_asked
 from ipc.status import Listening, StatusWriter
 
 _LAST_WORDS_S = 1.0  # for the last messages to leave before the sockets close

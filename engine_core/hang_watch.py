@@ -4,20 +4,13 @@ Each phase has its own budget. The stacks come from the core itself: a signal ma
 print them even where its code cannot run. A process that is stopped cannot, and is said to be.
 """
 
-import contextlib
-import faulthandler
-import os
-import signal
-import sys
 import time
-from pathlib import Path
 
 from engine_core.progress import Phase, ProgressPage
 from ipc.config import ParallelConfig
+from ipc.stacks import ask_for_stacks, is_stopped
 
 LOOK_EVERY_S = 1.0
-STACK_SIGNAL = signal.SIGUSR2
-_PRINT_S = 0.3  # for the stacks to be printed before the process is killed
 
 
 class HangWatch:
@@ -53,11 +46,9 @@ class HangWatch:
         silent_s = time.monotonic() - since_s
         if not 0 < budget_s <= silent_s:
             return None
-        state = "is stopped" if _is_stopped(self._pid) else "hangs"
+        state = "is stopped" if is_stopped(self._pid) else "hangs"
         if state == "hangs":
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(self._pid, STACK_SIGNAL)
-            time.sleep(_PRINT_S)
+            ask_for_stacks([self._pid])
         return (
             f"hang: the engine core (process {self._pid}) {state} while {name}: no progress for "
             f"{silent_s:.1f} s after {progress.num_steps} steps, at most {budget_s:g} s are allowed"
@@ -66,16 +57,3 @@ class HangWatch:
     def close(self) -> None:
         """Unmap the page."""
         self._page.close()
-
-
-def print_stacks_when_asked() -> None:
-    """Have every thread's stack printed to stderr when the watcher sends its signal."""
-    faulthandler.register(STACK_SIGNAL, file=sys.stderr, all_threads=True)
-
-
-def _is_stopped(pid: int) -> bool:
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return text.rpartition(")")[2].split()[0] in "Tt"

@@ -37,6 +37,7 @@ from ipc.messages import (
     core_to_worker_decoder,
 )
 from ipc.processes import die_with
+from ipc.stacks import print_stacks_when_asked
 
 OUTPUT_RANK = 0
 PAUSE_S = 0.05  # without a message for this long: do what was left for later
@@ -155,6 +156,7 @@ def run(make_worker: MakeWorker | None = None) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent to decide
     boot = msgspec.msgpack.decode(sys.stdin.buffer.read(), type=Boot)
     die_with(boot.death_pipe)
+    print_stacks_when_asked()
     channel: Channel = DealerChannel(
         core_to_worker_decoder, identity=identity_of(boot.token, boot.rank)
     )

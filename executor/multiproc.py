@@ -34,6 +34,7 @@ from ipc.messages import (
     worker_to_core_decoder,
 )
 from ipc.operations import AnyOperation, CheckWorkers
+from ipc.stacks import ask_for_stacks, is_stopped
 from ipc.tensors import Frames
 
 SHUTDOWN_S = 5.0  # for a worker to end by itself
@@ -180,6 +181,7 @@ class MultiprocExecutor:
                 words = self._last_words
                 self._die(killed_error(worker) if words is None else dead_error(words))
         if (stuck := self._steps.describe_stuck(self._workers)) is not None:
+            ask_for_stacks(w.pid for w in self._workers if not is_stopped(w.pid))
             self._die(EngineDeadError(stuck))
 
     def _look_now_and_then(self) -> None:
