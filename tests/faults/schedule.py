@@ -105,6 +105,4 @@ async def _read_slowly(server: Server, request: Ask) -> None:
 
 def _send_frames(server: Server, seed: int) -> None:
     """Noise on each socket of this server's tree."""
-    paths = sorted({c.laddr for p in server.tree() for c in p.net_connections("unix") if c.laddr})
-    listening = set(fuzz_frames.listening_paths())
-    fuzz_frames.attack([path for path in paths if path in listening], 100, seed)
+    fuzz_frames.attack(fuzz_frames.sockets_of(server.tree()), 100, seed)

@@ -8,6 +8,7 @@ import asyncio
 import multiprocessing
 import random
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
@@ -49,13 +50,12 @@ def fuzz(num_inputs: int, seed: int = 0) -> dict[str, int]:
 
 
 async def _fuzz(num_inputs: int, seed: int) -> dict[str, int]:
-    before = set(listening_paths())
     engine = AsyncLLM.from_engine_args(tiny_args())
     try:
         await run_streams(engine, -1)
-        paths = sorted(set(listening_paths()) - before)
-        assert paths, "found no socket of the engine"
         children = psutil.Process().children(recursive=True)
+        paths = sockets_of(children)
+        assert paths, "found no socket of the engine"
         pids = {child.pid for child in children}
         rss_before = sum(child.memory_info().rss for child in children)
         spawn = multiprocessing.get_context("spawn")
@@ -75,6 +75,12 @@ async def _fuzz(num_inputs: int, seed: int) -> dict[str, int]:
     finally:
         engine.shutdown()
     return {"sockets": len(paths), "messages": num_inputs * len(paths), "rounds": num_rounds}
+
+
+def sockets_of(processes: Iterable[psutil.Process]) -> list[str]:
+    """Where these processes listen; other engines on the machine are nobody's target."""
+    own = {c.laddr for p in processes for c in p.net_connections("unix") if c.laddr}
+    return sorted(own & set(listening_paths()))
 
 
 async def run_streams(engine: AsyncLLM, number: int) -> None:
