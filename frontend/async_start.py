@@ -5,6 +5,7 @@ done by ``connect``, while other tasks run.
 """
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +22,7 @@ from frontend.stat_loggers import IterationStats, StatLoggerFactory
 from frontend.tokenizer import Tokenizer
 from frontend.tokenizer_pool import TokenizerPool, make_tokenizer_pool
 from ipc.config import EngineConfig, ParallelConfig, decode_config
+from ipc.errors import EngineRestartingError
 from ipc.operations import GetStats
 
 Connector = Callable[[], Awaitable[AsyncClient]]
@@ -68,7 +70,8 @@ class EngineStart:
                 self.tokenizer = await asyncio.to_thread(load_engine_tokenizer, self.config)
             loggers = make_stat_loggers(self.config, self.stat_loggers, log_stats=self.log_stats)
             if loggers.loggers:  # a scrape before the first request shows the cache's size too
-                loggers.record(await client.call(GetStats()), IterationStats())
+                with contextlib.suppress(EngineRestartingError):  # the next core's steps tell them
+                    loggers.record(await client.call(GetStats()), IterationStats())
             pool = make_pool(self.config, self.tokenizer)
             self.session = AsyncSession(client, self.config, self.tokenizer, loggers, pool)
         except BaseException:

@@ -27,6 +27,7 @@ GROUPS = {
     "elementwise": r"elementwise|vectorized|reduce|cat|fill|::",
 }
 _PATTERNS = {group: re.compile(pattern, re.IGNORECASE) for group, pattern in GROUPS.items()}
+_OWN_FUNCTIONS = "heliograph::"
 _STEP_SLACK = 3  # steps that may have been in flight when recording began or ended
 _EDGE_STEPS = 3  # at either end of a recording, where control operations hold up the core
 
@@ -79,9 +80,14 @@ def read_spans(path: Path) -> list[Span]:
     events = msgspec.json.decode(path.read_bytes(), type=_Trace).traceEvents
     work = [event for event in events if event.cat in DEVICE_WORK]
     if not work:
-        work = _outermost(event for event in events if event.cat == "cpu_op")
+        work = _outermost(event for event in events if _is_cpu_work(event))
     spans = [Span(event.name, event.ts, event.ts + event.dur) for event in work]
     return sorted(spans, key=lambda span: span.start_us)
+
+
+def _is_cpu_work(event: _Event) -> bool:
+    """An operator of torch, or a compiled function of ours."""
+    return event.cat == "cpu_op" or event.name.startswith(_OWN_FUNCTIONS)
 
 
 def _outermost(events: Iterable[_Event]) -> list[_Event]:

@@ -202,10 +202,10 @@ def test_a_signal_to_stop_lets_the_streams_of_all_processes_finish() -> None:
     assert_nothing_left(before)
 
 
-def test_the_engines_death_ends_the_server_with_its_exit_code() -> None:
+def test_an_engines_death_without_recovery_ends_the_server_with_its_exit_code() -> None:
     before = Traces.now()
     args = tiny_args()
-    flags = ("--model", args.model, "--dtype", "float32", "--worker-threads", "1")
+    flags = ("--model", args.model, "--dtype", "float32", "--worker-threads", "1", "--no-recovery")
     with serving(*flags) as server:
         tree = psutil.Process(server.process.pid).children(recursive=True)
         (core,) = [p for p in tree if "engine_core" in p.cmdline() and "--core" in p.cmdline()]

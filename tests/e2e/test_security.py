@@ -28,7 +28,7 @@ from tests.frontend.openai.test_caps import FIELDS, body_of
 from tests.fuzz import fuzz_metrics
 from tests.ipc.other_user import as_nobody, is_root, knock
 
-OPEN = {"/health", "/ping", "/metrics", "/version"}
+OPEN = {"/health", "/health/live", "/health/ready", "/ping", "/metrics", "/version"}
 METHODS = [b"GET", b"POST", b"PUT", b"PATCH", b"DELETE", b"HEAD", b"TRACE", b"PROPFIND"]
 SECRET_PROMPT = "zyxwvut the planted prompt zyxwvut"
 
