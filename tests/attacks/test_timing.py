@@ -1,5 +1,7 @@
 """The attacks by the clock in their short form."""
 
+import pytest
+
 from tests.attacks import timing
 from tests.e2e.secured_server import KEYS, secured_server
 
@@ -13,6 +15,7 @@ def test_the_same_measure_sees_a_comparison_character_by_character() -> None:
     assert all(abs(timing.naive_key_timing(20_000, seed)) > 4.5 for seed in range(2))
 
 
+@pytest.mark.slow
 def test_the_time_of_an_answer_tells_what_the_own_key_asked_and_not_what_others_did() -> None:
     with secured_server("--disable-log-requests") as server:
         within = timing.prefix_timing(server, 6, KEYS[0])

@@ -245,7 +245,13 @@ def test_an_attached_frontend_goes_on_too() -> None:
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("flags", [(), ("--api-server-count", "2")], ids=["one", "two processes"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param((), id="one process"),
+        pytest.param(("--api-server-count", "2"), id="two processes", marks=pytest.mark.slow),
+    ],
+)
 def test_the_openai_client_sees_a_pause_and_nothing_else(flags: tuple[str, ...]) -> None:
     """Three kills under streams of the official client; health tells of each."""
 

@@ -84,6 +84,7 @@ def test_a_call_is_answered_refused_or_waits_for_the_next_core() -> None:
         assert num_restarts == 1
 
 
+@pytest.mark.slow
 def test_a_core_that_dies_by_itself_again_and_again_is_given_up() -> None:
     launch = Launch(make_faulty_config("CrashingStepExecutor"))
     with closing(ProcessCoreClient(launch)) as client:
