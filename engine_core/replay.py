@@ -64,8 +64,8 @@ class ReplayedExecutor:
         self.error = ""
 
     def start(self, on_progress: OnProgress) -> WorkerReady:
-        """Never: the recording holds what the workers said."""
-        raise NotImplementedError
+        """Never called: the recording holds what the workers said at their start."""
+        raise EngineError("a replay starts no workers")
 
     def submit(self, plan: SchedulerOutput, frames: Frames = ()) -> None:
         """Collect a plan."""

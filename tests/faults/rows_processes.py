@@ -68,7 +68,7 @@ async def d08_poison(count: int = 63) -> Outcome:
         await asyncio.sleep(1.0)
         poison = asyncio.create_task(ask(server.port, completion("poison", POISON, 8)))
         while not (poison.done() and running.done()):
-            cores.update(server.pids("engine_core")[-1:])
+            cores.update(server.pids("engine_core")[1:])  # the first is the supervisor
             await asyncio.sleep(0.05)
         histories, bad = await running, await poison
         again = await ask(server.port, completion("poison", POISON, 8))
