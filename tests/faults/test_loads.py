@@ -28,6 +28,7 @@ def test_a_row_is_passed(row: object) -> None:
     assert outcome.is_passed, outcome.table()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_mutant", [False, True], ids=["engine", "mutant"])
 def test_a_token_repeated_at_resume_is_flagged(is_mutant: bool) -> None:
     module = ("tests.faults.run_mutant", "repeat-at-resume") if is_mutant else ("frontend",)

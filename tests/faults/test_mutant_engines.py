@@ -81,6 +81,7 @@ def test_a_mutant_of_the_frontend_is_flagged(
     assert any(oracle in words for words in found), found
 
 
+@pytest.mark.slow
 def test_a_file_left_open_per_disconnect_is_flagged(address: str) -> None:
     module = ("tests.faults.run_mutant", "leak-file")
     with serving("--attach", address, module=module) as server:
@@ -96,6 +97,7 @@ def test_a_block_left_behind_per_abort_is_flagged() -> None:
     assert any("leaked_blocks" in words for words in found), found
 
 
+@pytest.mark.slow
 def test_a_wrong_token_now_and_then_is_flagged(reference: dict[str, History]) -> None:
     with serving("--executor-class", IN_CORE["wrong-token"]) as server:
         found = judge(server, REQUESTS, reference)
