@@ -67,8 +67,12 @@ class Lingering:
             return
         self._lingerers[group.linger.stream_id].expires_s = now_s + group.linger.seconds
         if len(self._lingerers) > MAX_LINGERING:
-            over = [(x.expires_s, name) for name, x in self._lingerers.items() if x.expires_s]
-            del self._lingerers[min(over)[1]]
+            ended = [
+                (each.expires_s or 0.0, name)
+                for name, each in self._lingerers.items()
+                if each.group.is_finished  # one that runs must still be found at its end
+            ]
+            del self._lingerers[min(ended)[1]]
 
     def forget(self, group: RequestGroup) -> None:
         """A request was aborted or failed: nobody will want to go on with it."""

@@ -56,9 +56,10 @@ async def resume_stream(state: ServerState, request: Request, response_id: str) 
 
 
 async def end_stream(state: ServerState, request: Request, response_id: str) -> Response:
-    """Abort a lingering stream for good."""
-    await _reclaim(state, request, response_id, [])
-    return json_response({"id": response_id, "deleted": True})
+    """Abort a lingering stream for good; one that has ended stays until its time is over."""
+    reclaimed = await _reclaim(state, request, response_id, [])
+    is_ended = all(branch.finish_reason is not None for branch in reclaimed.branches)
+    return json_response({"id": response_id, "deleted": not is_ended})
 
 
 async def _reclaim(

@@ -153,6 +153,22 @@ def test_a_name_is_used_once_at_a_time() -> None:
     rig.run()
 
 
+def test_one_that_runs_for_nobody_is_not_pushed_out_by_those_that_ended() -> None:
+    streams = Lingering()
+    rig = Rig()
+    rig.add(lingering())
+    (running,) = rig.core._open_groups()
+    streams.add(rig.requests["a"], running)
+    streams.orphan(running, -100.0)
+    for i in range(MAX_LINGERING + 2):
+        request = make_request(f"{i}", linger=Linger(f"s{i}", 60.0))
+        group = RequestGroup(CLIENT, f"{i}", [1], request.params, frozenset(), 0.0, b"")
+        streams.add(request, group)
+        streams.note_end(group, float(i))
+    streams.note_end(running, 5000.0)
+    streams.reclaim("stream of a", [])
+
+
 def test_finished_streams_are_bounded_in_number() -> None:
     streams = Lingering()
     for i in range(MAX_LINGERING + 10):
