@@ -1,8 +1,9 @@
-"""Where the time of a steady decode step goes: GPU kernels, gaps, and every process's CPU time.
+"""Where the time of a step goes: GPU kernels, gaps, and every process's CPU time.
 
-First some steps are timed and the processes weighed as they are; then as many are recorded by the
-worker's profiler, which slows the CPU down. So the idle share is told twice: within the trace, and
-as the part of an unrecorded step that the recorded kernels do not fill.
+Decode steps, in their steady state, are first timed and the processes weighed as they are; then as
+many are recorded by the worker's profiler, which slows the CPU down. So the idle share is told
+twice: within the trace, and as the part of an unrecorded step that the recorded kernels do not
+fill. Of prompts, sent one after the other, the steps are recorded alone.
 """
 
 import argparse
@@ -30,13 +31,16 @@ SPARE_STEPS = (
     1000  # that requests could live on: a core may be far ahead of a busy machine's reader
 )
 TOP_KERNELS = 16
+WARM_PROMPTS = 4
+TRACED_PROMPTS = 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of a profile."""
     add = parser.add_argument
     add("--model", default="llama-8b", help="a model's name or directory")
-    add("--batch", type=int, nargs="+", default=[32])
+    add("--batch", type=int, nargs="*", default=[32], help="decode steps of so many requests")
+    add("--prompt", type=int, nargs="*", default=[], metavar="TOKENS", help="prompts so long")
     add("--input-len", type=int, default=128)
     add("--steps", type=int, default=64, help="to time without the profiler")
     add("--traced-steps", type=int, default=32, help="to record")
@@ -75,6 +79,11 @@ def run(args: argparse.Namespace) -> int:
                 traces = (args.traces or Path(directory)) / f"b{batch}"
                 figures = profile_decode(engine, model.id_range, batch, traces, args)
             recorder.add(f"profile.b{batch}", figures, model=model.name)
+        for length in args.prompt:
+            with tempfile.TemporaryDirectory(prefix="bench-trace-") as directory:
+                traces = (args.traces or Path(directory)) / f"prompt{length}"
+                figures = profile_prompts(engine, model.id_range, length, traces)
+            recorder.add(f"profile.prompt{length}", figures, model=model.name)
     finally:
         engine.shutdown()
     return 0
@@ -106,6 +115,26 @@ def profile_decode(
     cpu_us = {role: _per_step(usage, num_steps) for role, usage in used.items()}
     _print(batch, step_us, cpu_us, breakdown)
     return _figures(step_us, cpu_us, breakdown)
+
+
+def profile_prompts(
+    engine: LLMEngine, id_range: tuple[int, int], length: int, traces: Path
+) -> Result:
+    """Record prompts of one length, one at a time; print a table of their steps."""
+    work = bench_workload.fixed(1, length, 1, id_range)
+    for _ in range(WARM_PROMPTS):
+        unrecorded = bench_offline.run_requests(engine, work)
+    num_before = engine.get_stats().num_steps
+    engine.start_profile(str(traces))
+    for _ in range(TRACED_PROMPTS):
+        bench_offline.run_requests(engine, work)
+    num_steps = engine.get_stats().num_steps - num_before
+    (trace,) = engine.stop_profile()
+    breakdown = break_down(read_spans(Path(trace)), num_steps)
+    ttft_us = 1e3 * unrecorded.ttft_ms[-1]
+    print(f"\nprompt of {length}: first token after {ttft_us:.0f} us without the recorder")
+    _print_breakdown(breakdown)
+    return {"ttft_ms": round(ttft_us / 1e3, 3)} | _breakdown_figures(breakdown)
 
 
 def _follow(engine: LLMEngine, timeline: Timeline, num_messages: int) -> tuple[float, float]:
@@ -145,12 +174,17 @@ def _figures(
 ) -> Result:
     return {
         "step_ms": round(step_us / 1e3, 3),
-        "gpu_busy_ms": round(breakdown.busy_us / 1e3, 3),
         "idle_share": round(1 - breakdown.busy_us / step_us, 4),
+        "cpu_us": {role: round(total) for role, (_, total) in cpu_us.items()},
+    } | _breakdown_figures(breakdown)
+
+
+def _breakdown_figures(breakdown: Breakdown) -> Result:
+    return {
+        "gpu_busy_ms": round(breakdown.busy_us / 1e3, 3),
         "idle_share_traced": round(breakdown.idle_share, 4),
         "traced_step_ms": round(breakdown.step_us / 1e3, 3),
         "traced_steps": breakdown.num_steps,
-        "cpu_us": {role: round(total) for role, (_, total) in cpu_us.items()},
         "groups_us": {share.name: round(share.us, 1) for share in breakdown.groups},
         "kernels_per_step": round(sum(share.count for share in breakdown.groups), 1),
     }
@@ -161,11 +195,16 @@ def _print(
 ) -> None:
     idle = 1 - breakdown.busy_us / step_us
     print(f"\nbatch {batch}: {step_us:.0f} us a step, device busy {breakdown.busy_us:.0f} us")
-    print(f"idle share {idle:.1%}; {breakdown.idle_share:.1%} while recording")
-    print(f"  ({breakdown.num_steps} recorded steps of {breakdown.step_us:.0f} us)")
+    print(f"idle share {idle:.1%}")
     print("CPU us per step           main thread   all threads")
     for role, (main_us, total_us) in cpu_us.items():
         print(f"  {role:<22} {main_us:12.1f} {total_us:13.1f}")
+    _print_breakdown(breakdown)
+
+
+def _print_breakdown(breakdown: Breakdown) -> None:
+    print(f"{breakdown.num_steps} recorded steps of {breakdown.step_us:.0f} us", end="")
+    print(f", {breakdown.idle_share:.1%} of them idle")
     for title, shares in (
         ("device work by group", breakdown.groups),
         ("gaps by length", breakdown.gaps),
