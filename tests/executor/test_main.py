@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from executor.__main__ import IDLE_S, PAUSE_S, _serve, limit_spinning
+from executor.__main__ import IDLE_S, PAUSE_S, _serve, limit_spinning, use_huge_pages
 from ipc.messages import SchedulerOutput, Shutdown
 
 
@@ -23,6 +24,37 @@ def test_threads_spin_for_a_short_time_unless_the_user_decided(
 ) -> None:
     limit_spinning(given)
     assert given == expected
+
+
+HUGE_PAGES = """
+import os, sys
+from executor.__main__ import use_huge_pages
+use_huge_pages(os.environ)
+import torch
+weight = torch.empty(16 << 20)
+weight.fill_(1.0)
+for line in open("/proc/self/smaps"):
+    if "-" in line.split()[0]:
+        start, end = (int(part, 16) for part in line.split()[0].split("-"))
+    elif line.startswith("AnonHugePages") and start <= weight.data_ptr() < end:
+        print(int(line.split()[1]))
+"""
+
+
+@pytest.mark.skipif(
+    "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(),
+    reason="the kernel gives no huge pages to those who ask",
+)
+def test_weights_are_in_huge_pages() -> None:
+    kib = subprocess.check_output([sys.executable, "-c", HUGE_PAGES], text=True)
+
+    assert int(kib) >= 2048
+
+
+def test_the_user_decides_about_huge_pages() -> None:
+    given = {"THP_MEM_ALLOC_ENABLE": "0"}
+    use_huge_pages(given)
+    assert given == {"THP_MEM_ALLOC_ENABLE": "0"}
 
 
 FAULTS = """
