@@ -214,7 +214,7 @@ class EngineCore:
         return not self._control.is_holding and any(self._groups.values())
 
     def submit_steps(self) -> bool:
-        """Plan and submit until enough steps are in flight; False when none was.
+        """Plan and submit until enough steps are in flight for now; False when none was.
 
         Raises:
             EngineError: nothing moves and nothing ever will. Dying of it is better than waiting:
@@ -229,8 +229,8 @@ class EngineCore:
             return False
         has_submitted = False
         self._trial.advance()
-        while self.scheduler.num_steps_in_flight < self.scheduler.max_steps_in_flight:
-            planned = self.scheduler.schedule(self._clock())
+        while self.scheduler.pipeline.wants_step(now_s := self._clock()):
+            planned = self.scheduler.schedule(now_s)
             if planned is None:
                 break
             self._trial.note_step(planned[0])

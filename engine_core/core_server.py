@@ -48,6 +48,7 @@ MAX_FRONTENDS = 1024
 _MAX_MESSAGES_PER_PASS = 256  # then a step: a flood must not stop the others' tokens
 _SETTLED_S = 1.0  # idle for so long: collect garbage
 _BEAT_S = 0.25  # the longest sleep with open requests: whoever watches wants to see us move
+_POLL_S = 0.001  # a wait for messages ends up to so much late
 _IDLE_S = 5.0  # the longest sleep while there are frontends to look after
 _GC_THRESHOLDS = (100_000, 50, 100)  # in case a core is never idle
 
@@ -140,6 +141,12 @@ class CoreServer:
                 left_s = max(0.0, moment_s - time.monotonic())
                 timeout_s = left_s if timeout_s is None else min(timeout_s, left_s)
         self._beat(Phase.STEPPING, has_work=self._core.has_unfinished)
+        if (due_s := self._core.scheduler.pipeline.plan_due_s) is not None:
+            left_s = due_s - time.monotonic()
+            if left_s < _POLL_S:
+                time.sleep(max(0.0, left_s))
+                return
+            timeout_s = min(timeout_s or left_s, left_s - _POLL_S)
         ready = wait([self._channel, *self._executor.channels, self._signals.fileno()], timeout_s)
         if not ready and self._has_garbage and not self._core.has_unfinished:
             gc.collect()

@@ -44,6 +44,12 @@ class StepCost:
         """Whether a step that only decodes is known to take less time."""
         return self._decode_s is not None and self._decode_s < limit_s
 
+    def expected_s(self, num_prompt_tokens: int) -> float | None:
+        """What a step with streams in it lasts, rather too little; None: not known."""
+        if self._decode_s is None:
+            return None
+        return self._decode_s + num_prompt_tokens * (self._token_s or 0.0)
+
     def max_prompt_tokens(self, num_waiting_tokens: int) -> int | None:
         """How many prompt tokens a step with streams in it takes; None: as many as there are.
 
