@@ -259,7 +259,7 @@ class Scheduler:
         if finished or result.failed:
             self.lifecycle.drop_finished()
         self.lifecycle.release_leaving()
-        self._cost.note(step.num_prompt_tokens, step.num_decodes, output.device_time_s)
+        self._cost.note(step.num_prompt_tokens, output.device_time_s)
         self._count(step, len(gained), now_s)
         return result
 

@@ -203,7 +203,7 @@ class EngineArgs:
         "as late as possible while requests arrive), and 3 while steps are very short",
     )
     max_prefill_slowdown: float = flag(
-        2.5,
+        2.0,
         help="how many times as long a step of running streams may take for prompts that enter, "
         "while few wait; 0: no limit",
     )

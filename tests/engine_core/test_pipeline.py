@@ -20,11 +20,11 @@ def make_step(num_prompt_tokens: int = 0, num_rows: int = 1) -> StepInFlight:
 
 
 def make_pipeline(decode_s: float = DECODE_S, **config: Any) -> Pipeline:
-    """Steps take 10 ms, and 0.02 ms more for each prompt token; a request came at 100 s."""
+    """Steps take 10 ms, or 0.04 ms for each prompt token; a request came at 100 s."""
     cost = StepCost(0.0)
     for _ in range(20):
-        cost.note(0, 8, decode_s)
-        cost.note(500, 8, decode_s + 0.010)
+        cost.note(0, decode_s)
+        cost.note(500, 0.020)
     pipeline = Pipeline(SchedulerConfig(**{"plans_late": True} | config), cost)
     pipeline.note_arrival(100.0)
     return pipeline
@@ -61,7 +61,7 @@ def test_a_step_that_ended_early_is_followed_at_once() -> None:
 def test_prompts_and_many_rows_count() -> None:
     alone, prompt, many = (make_pipeline() for _ in range(3))
     alone.begin(make_step(), 100.0)
-    prompt.begin(make_step(num_prompt_tokens=400), 100.0)
+    prompt.begin(make_step(num_prompt_tokens=450), 100.0)
     many.begin(make_step(num_rows=256), 100.0)
     assert alone.plan_due_s is not None
     assert prompt.plan_due_s == pytest.approx(alone.plan_due_s + 0.008, abs=0.001)
