@@ -91,7 +91,8 @@ class EngineCore:
             scheduling, kv_cache, vocab_size=ready.vocab_size, adapter_limit=adapter_limit
         )
         self.gate = Gate(self.limits)
-        self._intake = Intake(scheduling, hasher, request_limits)
+        is_caching = cache.enable_prefix_caching
+        self._intake = Intake(scheduling, hasher, request_limits, is_caching=is_caching)
         self._trial = Trial(self, record)
         self._executor = executor
         self._epoch = epoch
