@@ -94,6 +94,8 @@ class FakeCore:
         self.aborted: list[tuple[bytes, str]] = []
         self.processed_logits: list[bytes] = []
         self.gate = FakeGate()
+        self.num_tries = 0
+        self.has_nothing_to_plan = False
         self.planned_s: float | None = None  # when the step of ``pipeline.plan_due_s`` was
         self._step_id = 0
         self.pipeline = SimpleNamespace(plan_due_s=None)
@@ -153,7 +155,9 @@ class FakeCore:
 
     def submit_steps(self) -> bool:
         """Submit a step if a request is open and none is in flight."""
-        if (due_s := self.pipeline.plan_due_s) is not None and time.monotonic() >= due_s:
+        self.num_tries += 1
+        due_s = None if self.has_nothing_to_plan else self.pipeline.plan_due_s
+        if due_s is not None and time.monotonic() >= due_s:
             self.pipeline.plan_due_s = None
             self.planned_s = time.monotonic()
         if not self.open or self.executor.num_submitted:

@@ -200,6 +200,18 @@ def test_the_loop_wakes_up_when_a_step_is_to_be_planned() -> None:
         assert due_s <= rig.core.planned_s < due_s + 1.0  # else it would sleep for seconds
 
 
+def test_the_loop_sleeps_when_there_was_nothing_to_plan_at_that_time() -> None:
+    with running_server() as rig, BareFrontend(rig.address) as frontend:
+        frontend.greet()
+        rig.core.pipeline.plan_due_s = time.monotonic() + 0.02
+        rig.core.has_nothing_to_plan = True
+        frontend.say(Heartbeat(1.0))
+        frontend.hear()
+        wait_until(lambda: time.monotonic() > rig.core.pipeline.plan_due_s + 0.1)
+
+        assert rig.core.num_tries < 20
+
+
 def test_a_goodbye_frees_the_requests() -> None:
     with running_server(credits=1) as rig, BareFrontend(rig.address) as frontend:
         frontend.greet()
