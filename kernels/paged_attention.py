@@ -38,6 +38,7 @@ def paged_attention(
     sliding_window: int | None = None,
     soft_cap: float | None = None,
     memo: StepMemo | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Return [T, N, D], contiguous and in q's dtype.
 
@@ -54,6 +55,8 @@ def paged_attention(
         max_query_len, max_seq_len: upper bounds known to the host, so that a GPU launch needs
             no value from the device. ``max_query_len == 1`` picks the decode kernel.
         memo: one for all layers of a step, which spares a CPU most of its bookkeeping.
+        batch_invariant: on a GPU, one kernel and one tile for everything, for the sake of results
+            that are the same to the bit in any batch. Slower: no split keys, no cuDNN.
 
     Raises:
         ValueError: a shape, layout, dtype or device that the kernel cannot take.
@@ -76,6 +79,10 @@ def paged_attention(
     step = Step(block_table, query_start_loc, seq_lens, max_query_len, max_seq_len)
     if not q.is_cuda:
         return paged_attention_cpu(q, key_cache, value_cache, step, options, memo)
+    if batch_invariant:
+        return prefill_attention_triton(
+            q, key_cache, value_cache, step, options, batch_invariant=True
+        )
     if max_query_len <= 1:
         return decode_attention_triton(q, key_cache, value_cache, step, options, memo)
     return mixed_attention(q, key_cache, value_cache, step, options, memo)

@@ -56,6 +56,7 @@ def prefill_attention_triton(
     skip_single: bool = False,
     skip_shares: bool = False,
     tiles: PrefillTiles | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """Return [T, N, D], for any mix of requests.
 
@@ -64,6 +65,8 @@ def prefill_attention_triton(
         skip_single: leave the rows of requests with one query as they are.
         skip_shares: likewise those of ``find_shares``, up to a tile's queries at their end.
         tiles: another choice than the pinned one.
+        batch_invariant: cut every step alike, so that a query's result is the same to the bit
+            whatever else the step has, and whichever step of its request it is in.
     """
     T, N, D = q.shape
     K, B = key_cache.shape[2], step.seq_lens.shape[0]
@@ -72,8 +75,10 @@ def prefill_attention_triton(
     if T == 0 or B == 0 or N == 0:
         return out
     group, interpret = N // K, knobs.runtime.interpret
-    tiles = tiles or tiles_for(D, q.element_size(), T * group)
-    rows = min(tiles.max_rows, triton.next_power_of_2(step.max_query_len * group))
+    tiles = tiles or tiles_for(D, q.element_size(), 0 if batch_invariant else T * group)
+    rows = tiles.max_rows
+    if not batch_invariant:
+        rows = min(rows, triton.next_power_of_2(step.max_query_len * group))
     rows = max(16, rows, triton.next_power_of_2(group))
     queries = rows // group  # per tile
     _prefill_kernel[(T // queries + B, K)](
@@ -231,7 +236,8 @@ def _attend(  # type: ignore[no-untyped-def]
     INTERPRET: tl.constexpr,
 ):
     """Attend to all keys that the tile's rows see."""
-    first = tl.maximum(places[0] - options[2] + 1, 0) if HAS_WINDOW else 0
+    low = tl.maximum(places[0] - options[2] + 1, 0) if HAS_WINDOW else 0
+    first = low // BLOCK_N * BLOCK_N  # whatever the window, a key is always in the same tile
     end = tl.minimum(places[1], places[0] + TILE_QUERIES)
     # The first query sees all keys up to its own, so for those there is nothing to compare.
     border = first
@@ -246,7 +252,7 @@ def _attend(  # type: ignore[no-untyped-def]
         ids = tl.load(block_ids_ptr + ahead // BLOCK_SIZE, ahead < end, other=0)
         for at in range(start, stop, BLOCK_N):
             positions = at + tl.arange(0, BLOCK_N)
-            live = positions < end if is_masked else None
+            live = (positions >= low) & (positions < end) if is_masked else None
             k, v = load_keys(
                 caches,
                 ids,

@@ -29,6 +29,7 @@ class PagedAttention(nn.Module):
         scale: float,
         sliding_window: int | None = None,
         soft_cap: float | None = None,
+        deterministic: bool = False,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -37,6 +38,7 @@ class PagedAttention(nn.Module):
         self.scale = scale
         self.sliding_window = sliding_window
         self.soft_cap = soft_cap
+        self.deterministic = deterministic
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, kv_cache: LayerKVCache, meta: AttentionMetadata
@@ -64,6 +66,7 @@ class PagedAttention(nn.Module):
             sliding_window=self.sliding_window,
             soft_cap=self.soft_cap,
             memo=meta.memo,
+            batch_invariant=self.deterministic,
         )
         return out.flatten(1)
 
@@ -113,6 +116,7 @@ class Attention(nn.Module):
             scale=shape.attention_scale if scale is None else scale,
             sliding_window=shape.sliding_windows[layer],
             soft_cap=shape.attention_soft_cap,
+            deterministic=factory.deterministic,
         )
 
     def forward(

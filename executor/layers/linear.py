@@ -81,6 +81,7 @@ class LayerFactory:
     tp: TensorParallel
     dtype: torch.dtype
     linear_method: LinearMethod
+    deterministic: bool = False  # the same result to the bit in any batch
 
 
 class Linear(nn.Module):

@@ -89,7 +89,10 @@ def build_model(model_config: ModelConfig, shape: ModelShape, tp: TensorParallel
     _, dtype = _shape_and_dtype(model_config)
     with torch.device("meta"):
         model_class = registry.resolve(model_config.hf_config)
-        return model_class(shape, LayerFactory(tp, dtype, _linear_method(model_config)))
+        factory = LayerFactory(
+            tp, dtype, _linear_method(model_config), deterministic=bool(model_config.deterministic)
+        )
+        return model_class(shape, factory)
 
 
 def _linear_method(model_config: ModelConfig) -> LinearMethod:

@@ -44,6 +44,7 @@ class _Step:
 
     kv_caches: list[LayerKVCache]
     meta: AttentionMetadata | None  # None: the trial run, which only writes ``specs``
+    is_deterministic: bool = False
     specs: dict[int, KVCacheSpec] = field(default_factory=dict)
     windows: dict[int, int | None] = field(default_factory=dict)
 
@@ -69,6 +70,7 @@ class TransformersForCausalLM(nn.Module):
         self._soft_cap = shape.final_soft_cap
         self._specs = self._try_out(shape)
         self.weights_bytes = weights_bytes(hf_model)
+        self._is_deterministic = form.is_deterministic
         _replace_linears(hf_model, form)
         if hf_model.device.type == "cpu":  # packed copies have taken the dense weights' places
             self.weights_bytes = weights_bytes(hf_model)
@@ -81,9 +83,12 @@ class TransformersForCausalLM(nn.Module):
         meta: AttentionMetadata,
     ) -> Tensor:
         """[T] and [T] -> final hidden states [T, H]."""
-        return self._run(self.hf_model.base_model, token_ids, positions, _Step(kv_caches, meta))[0][
-            0
-        ]
+        return self._run(
+            self.hf_model.base_model,
+            token_ids,
+            positions,
+            _Step(kv_caches, meta, self._is_deterministic),
+        )[0][0]
 
     def compute_logits(self, hidden: Tensor) -> Tensor:
         """[S, H] -> [S, V] float32."""
@@ -294,6 +299,7 @@ def _paged_attention(
         sliding_window=window,
         soft_cap=options.get("softcap"),
         memo=meta.memo,
+        batch_invariant=paged_step.is_deterministic,
     )
     return out[None, ..., :value_dim], None
 

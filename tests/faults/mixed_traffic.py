@@ -1,4 +1,4 @@
-"""Seeded mixed traffic on the bundled model: the same seed asks the same, so runs can be compared.
+"""Seeded mixed traffic for the model under test: one seed asks the same, so runs can be compared.
 
 Prompts, lengths, sampling and the form of the answer are drawn; every request returns token ids.
 """
@@ -7,20 +7,26 @@ import functools
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from tests.e2e.engines import TINY, load_expected
+from tests.e2e.engines import load_expected
+from tests.faults import target
 from tests.faults.http_client import Ask
 
 MODEL = "tiny"
 WORDS = "the engine reads a short list of tokens and writes code for tests in Python".split()  # noqa: SIM905
 
 
-@functools.cache
 def _tokenizer() -> tokenizers.Tokenizer:
-    return tokenizers.Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    return _read_tokenizer(target.chosen().tokenizer)
+
+
+@functools.cache
+def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_file(str(path))
 
 
 def decode(ids: Sequence[int]) -> str:

@@ -35,6 +35,10 @@ class Outcome:
             Check(what, f">= {limit:g} {unit}", f"{measured:.3g} {unit}", measured >= limit)
         )
 
+    def note(self, what: str, measured: float, unit: str = "") -> None:
+        """Tell a value that has no threshold."""
+        self.checks.append(Check(what, "", f"{measured:.3g} {unit}", is_met=True))
+
     def none_of(self, what: str, found: Sequence[str]) -> None:
         """Note what an oracle found: nothing, if all is well."""
         self.checks.append(Check(what, "none", str(len(found)), not found))
@@ -43,13 +47,15 @@ class Outcome:
     @property
     def is_passed(self) -> bool:
         """Whether every threshold was met, and there was one."""
-        return bool(self.checks) and all(check.is_met for check in self.checks)
+        return any(check.threshold for check in self.checks) and all(
+            check.is_met for check in self.checks
+        )
 
     def table(self) -> str:
         """One line per threshold, and the first problems in full."""
         lines = [f"{self.row}: {'PASS' if self.is_passed else 'FAIL'}  ({self.load})"]
         for check in self.checks:
-            verdict = "ok" if check.is_met else "FAIL"
+            verdict = ("ok" if check.is_met else "FAIL") if check.threshold else ""
             lines.append(
                 f"  {check.what:<44} {check.threshold:>18} {check.measured:>16}  {verdict}"
             )

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import psutil
 
-from tests.e2e.engines import ROOT, TINY
+from tests.e2e.engines import ROOT
+from tests.faults import target
 from tests.faults.mixed_traffic import MODEL
 from tests.faults.oracles import Holdings, check_leaks
 from tests.fuzz.servers import free_port, wait_until_ready
@@ -104,6 +105,14 @@ class Server:
             body: bytes = answer.read()
         return body.decode()
 
+    def is_ready(self) -> bool:
+        """Whether it would take a request."""
+        try:
+            self.get("/health")
+        except OSError:
+            return False
+        return True
+
     def rss_bytes(self) -> int:
         """Resident memory of the whole tree."""
         return sum(p.memory_info().rss for p in self.tree())
@@ -127,7 +136,7 @@ def serving(
     expects_clean_end: bool = True,
     quiet: bool = True,
 ) -> Iterator[Server]:
-    """A server of the tiny model in float32 on a free port; nothing of it outlives the block.
+    """A server of the ``target`` on a free port; nothing of it outlives the block.
 
     Args:
         module: what ``python -m`` runs, with leading arguments of its own.
@@ -135,9 +144,9 @@ def serving(
     """
     port = free_port()
     command = [
-        sys.executable, "-m", *module, "--model", str(TINY), "--dtype", "float32",
+        sys.executable, "-m", *module, *target.chosen().flags,
         "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port),
-        "--worker-threads", "1", "--disable-log-requests", "--disable-log-stats",
+        "--disable-log-requests", "--disable-log-stats",
         "--disable-access-log", "--uvicorn-log-level", "error" if quiet else "info", *flags,
     ]  # fmt: skip
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

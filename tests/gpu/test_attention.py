@@ -9,7 +9,12 @@ import torch
 from kernels.attention_step import Options, Step, StepLengths, StepMemo
 from kernels.paged_attention import paged_attention, paged_attention_reference
 from tests.gpu.test_kernels import without_waiting
-from tests.kernels.cases import AttentionInputs, assert_close, attention_inputs
+from tests.kernels.cases import (
+    AttentionInputs,
+    assert_close,
+    attention_inputs,
+    same_query_in_other_steps,
+)
 
 pytestmark = pytest.mark.gpu
 PLAIN = Options(0.1, None, None)
@@ -146,3 +151,22 @@ def test_long_prompts_whose_lengths_the_host_knows(
     out = attend(inputs, PLAIN, StepMemo(lengths=StepLengths(starts, seq_lens)))
 
     assert_close(out, paged_attention_reference(*inputs, PLAIN))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", [PLAIN, Options(0.1, 300, None), Options(0.1, None, 20.0)])
+@pytest.mark.parametrize(("heads", "head_dim"), [((32, 8), 128), ((16, 8), 128), ((6, 2), 64)])
+def test_a_query_is_served_the_same_in_any_step(
+    heads: tuple[int, int], head_dim: int, options: Options, dtype: torch.dtype
+) -> None:
+    inputs = attention_inputs(
+        [700], [1900], heads=heads, head_dim=head_dim, dtype=dtype, device="cuda"
+    )
+    q, key_cache, value_cache, step = inputs
+    arguments = options._asdict() | {"batch_invariant": True}
+    whole = paged_attention(q, key_cache, value_cache, **step._asdict(), **arguments)
+
+    assert_close(whole, paged_attention_reference(*inputs, options))
+    for (q, *_, other), rows, count in same_query_in_other_steps(inputs, 130):
+        out = paged_attention(q, key_cache, value_cache, **other._asdict(), **arguments)
+        assert out[rows].equal(whole[-count:])

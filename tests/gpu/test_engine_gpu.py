@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from frontend import LLMEngine, SamplingParams
+from frontend import LLM, LLMEngine, SamplingParams
 from tests.e2e.engines import ROOT, greedy, load_expected, tiny_args
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
@@ -37,6 +37,35 @@ def test_tiny_model_in_float32_gives_the_oracles_tokens(steps_in_flight: int, bu
                     assert ids == EXPECTED[int(output.request_id)].ids
     finally:
         engine.shutdown()
+
+
+@pytest.mark.parametrize("steps_in_flight", [1, 2])
+def test_a_deterministic_engine_says_the_same_in_any_batch(steps_in_flight: int) -> None:
+    prompts = [[(7 * i + j * j) % 8000 + 100 for j in range(5 + 23 * i)] for i in range(12)]
+    params = [
+        SamplingParams(temperature=t, seed=i, max_tokens=96, ignore_eos=True, detokenize=False)
+        for i, t in enumerate([0.0, 1.0] * 6)
+    ]
+
+    def run(**changes: int | bool) -> list[list[int]]:
+        args = tiny_args(
+            dtype="bfloat16", device="cuda", deterministic=True, load_format="dummy",
+            max_steps_in_flight=steps_in_flight, **changes,
+        )  # fmt: skip
+        llm = LLM.from_engine(LLMEngine.from_engine_args(args, enable_multiprocessing=False))
+        try:
+            outputs = llm.generate(prompt_token_ids=prompts, sampling_params=params, use_tqdm=False)
+            return [list(output.outputs[0].token_ids) for output in outputs]
+        finally:
+            llm.llm_engine.shutdown()
+
+    alone = run(max_num_seqs=1)
+    assert run(max_num_seqs=16) == alone
+    small = run(
+        max_num_seqs=8, enable_chunked_prefill=True, max_num_batched_tokens=64,
+        num_gpu_blocks_override=64, enable_prefix_caching=False,
+    )  # fmt: skip
+    assert small == alone, "in chunks, and with preemptions"
 
 
 def used_bytes() -> int:

@@ -1,5 +1,7 @@
 """Inputs for kernel tests, on any device: a few odd shapes, and how close results must be."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -81,6 +83,37 @@ def attention_inputs(
     q = packed_qkv(int(starts[-1]), num_heads, 1, head_dim, dtype=dtype, device=device)[0]
     key_cache, value_cache = (cache.to(dtype).to(device) for cache in caches)
     return q, key_cache, value_cache, step
+
+
+def same_query_in_other_steps(
+    inputs: AttentionInputs, num_queries: int
+) -> Iterator[tuple[AttentionInputs, slice, int]]:
+    """The last queries of a request, alone and with mates, in steps of several kinds.
+
+    Args:
+        inputs: a step of one request that computes at least ``num_queries`` tokens.
+
+    Yields:
+        A step, the rows of it that are the request's, and how many queries from the end they are.
+    """
+    q, key_cache, value_cache, step = inputs
+    T, seq_len = q.shape[0], int(step.seq_lens[0])
+    for own in (1, num_queries, T):
+        for before, after in (((), ()), ((1, 1, 3), ()), ((9,), (1, 4))):
+            lens = [*before, own, *after]
+            starts = [sum(lens[:i]) for i in range(len(lens) + 1)]
+            packed = torch.cat(
+                [q[-own:] if i == len(before) else q[:n] for i, n in enumerate(lens)]
+            )
+            seq_lens = [seq_len if i == len(before) else max(n, 7) for i, n in enumerate(lens)]
+            tensors = (
+                torch.tensor(values, dtype=torch.int32, device=q.device)
+                for values in (starts, seq_lens)
+            )
+            table = step.block_table.expand(len(lens), -1).contiguous()
+            mixed = Step(table, *tensors, max(lens), seq_len)
+            first = starts[len(before)]
+            yield (packed, key_cache, value_cache, mixed), slice(first, first + own), own
 
 
 def sampling_rows(num_rows: int, device: str = "cpu", **values: list[float]) -> Rows:

@@ -16,7 +16,14 @@ from kernels.paged_attention import (
     paged_attention,
     paged_attention_reference,
 )
-from tests.kernels.cases import DTYPES, assert_close, attention_inputs, random
+from kernels.prefill_attention import prefill_attention_triton
+from tests.kernels.cases import (
+    DTYPES,
+    assert_close,
+    attention_inputs,
+    random,
+    same_query_in_other_steps,
+)
 
 MIXED = pytest.param([5, 1, 0, 3], [5, 20, 7, 30], id="prefill, decode, no query, chunk")
 TILES = pytest.param([37, 1, 18], [37, 19, 50], id="several tiles a request")
@@ -168,3 +175,15 @@ def test_tensors_that_do_not_fit_are_refused(
 
     with pytest.raises(ValueError, match=message):
         call(q, (cache, cache), step)
+
+
+@pytest.mark.parametrize("options", [Options(0.2, None, None), Options(0.2, 9, 5.0)])
+def test_a_query_is_served_the_same_in_any_step(options: Options) -> None:
+    inputs = attention_inputs([21], [75], heads=(4, 2), head_dim=32, dtype=torch.float16)
+    expected = paged_attention_reference(*inputs, options)
+    whole = prefill_attention_triton(*inputs, options, batch_invariant=True)
+
+    assert_close(whole, expected)
+    for step, rows, count in same_query_in_other_steps(inputs, 6):
+        out = prefill_attention_triton(*step, options, batch_invariant=True)
+        assert out[rows].equal(whole[-count:])
