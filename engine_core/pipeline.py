@@ -2,8 +2,9 @@
 
 A step that is planned and not begun is closed to those who arrive: they wait for the one that runs
 and for it. So while requests keep arriving, the next step is planned just before the running one
-ends, which the device does not notice; steps last what those before them did. At other times it
-is planned as soon as the running one has begun, and a wrong guess costs nothing.
+ends, which the device does not notice; steps last what those before them did. Where the device had
+to wait after all, the way to it is longer than was thought, and plans leave earlier. At other times
+a step is planned as soon as the one before it has begun, and no guess costs anything.
 """
 
 from collections import deque
@@ -13,7 +14,10 @@ from engine_core.step_cost import StepCost
 from ipc.config import SchedulerConfig
 
 _SHORT_STEP_S = 0.001  # about twice the way from a result to the next plan
-_LEAD_S, _LEAD_PER_ROW_S = 0.0015, 8e-6  # from a plan to its launch, with a margin
+_LEAD_S, _LEAD_PER_ROW_S = 0.0015, 8e-6  # at first, from a plan to its launch, with a margin
+_MIN_LEAD_S, _MAX_LEAD_S = 0.001, 0.005
+_LEAD_RATE = 0.1  # how quickly it follows what the device had to wait
+_TOLERATED_S, _LONGEST_WAIT_S = 0.00005, 0.001
 _ARRIVAL_MEMORY_S = 1.0  # who has not been asked for so long is not expected to be asked
 
 
@@ -25,6 +29,7 @@ class Pipeline:
         self._max_steps = config.max_steps_in_flight
         self._plans_late = config.plans_late and config.max_steps_in_flight is None
         self._cost = cost
+        self._lead_s = _LEAD_S
         self._begun_s = 0.0  # the oldest step, as far as is known
         self._latest_arrival_s = float("-inf")
 
@@ -50,7 +55,7 @@ class Pipeline:
         lasts_s = self._cost.expected_s(step.num_prompt_tokens)
         if lasts_s is None:
             return None
-        return self._begun_s + lasts_s - _LEAD_S - _LEAD_PER_ROW_S * len(step.rows)
+        return self._begun_s + lasts_s - self._lead_s - _LEAD_PER_ROW_S * len(step.rows)
 
     def wants_step(self, now_s: float) -> bool:
         """Whether to plan a step now."""
@@ -67,7 +72,16 @@ class Pipeline:
             self._begun_s = now_s
         self.steps.append(step)
 
-    def end(self, now_s: float) -> StepInFlight:
-        """The oldest step was answered; the one behind it, if any, runs since then."""
+    def end(self, now_s: float, device_time_s: float) -> StepInFlight:
+        """The oldest step was answered; the one behind it, if any, runs since then.
+
+        Args:
+            device_time_s: how long it ran; 0: not known.
+        """
+        step = self.steps.popleft()
+        if device_time_s and step.planned_s < self._begun_s:
+            waited_s = min(now_s - self._begun_s - device_time_s, _LONGEST_WAIT_S)
+            lead_s = self._lead_s + _LEAD_RATE * (waited_s - _TOLERATED_S)
+            self._lead_s = min(max(lead_s, _MIN_LEAD_S), _MAX_LEAD_S)
         self._begun_s = now_s
-        return self.steps.popleft()
+        return step

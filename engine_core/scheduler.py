@@ -228,7 +228,7 @@ class Scheduler:
         Raises:
             ProtocolError: the answer is to another step, or of another size.
         """
-        step = self.pipeline.end(now_s)
+        step = self.pipeline.end(now_s, output.device_time_s)
         sampled = output.sampled_token_ids
         if output.step_id != step.step_id or len(sampled) != len(step.sampling):
             raise ProtocolError(

@@ -14,9 +14,11 @@ from tests.engine_core.builders import Rig, make_request
 DECODE_S = 0.010
 
 
-def make_step(num_prompt_tokens: int = 0, num_rows: int = 1) -> StepInFlight:
+def make_step(
+    num_prompt_tokens: int = 0, num_rows: int = 1, planned_s: float = 0.0
+) -> StepInFlight:
     rows = list(range(num_rows))
-    return StepInFlight(0, rows, [], [], [], num_rows, num_prompt_tokens, num_rows, 0.0)
+    return StepInFlight(0, rows, [], [], [], num_rows, num_prompt_tokens, num_rows, planned_s)
 
 
 def make_pipeline(decode_s: float = DECODE_S, **config: Any) -> Pipeline:
@@ -47,15 +49,40 @@ def test_a_step_behind_another_begins_when_that_one_was_answered() -> None:
     pipeline = make_pipeline()
     pipeline.begin(make_step(), 100.0)
     pipeline.begin(make_step(), 100.008)
-    pipeline.end(100.010)
+    pipeline.end(100.010, 0.010)
     assert pipeline.plan_due_s == pytest.approx(100.010 + DECODE_S, abs=0.003)
 
 
 def test_a_step_that_ended_early_is_followed_at_once() -> None:
     pipeline = make_pipeline()
     pipeline.begin(make_step(), 100.0)
-    pipeline.end(100.002)
+    pipeline.end(100.002, 0.002)
     assert pipeline.wants_step(100.002)
+
+
+def run_steps(pipeline: Pipeline, num_steps: int, idle_s: float) -> float:
+    """Each step is planned when it is due, and the device waited for it; the lead at the end."""
+    now_s = 100.0
+    pipeline.begin(make_step(), now_s)
+    for _ in range(num_steps):
+        due_s = pipeline.plan_due_s
+        assert due_s is not None
+        pipeline.begin(make_step(planned_s=due_s), due_s)
+        now_s += DECODE_S + idle_s
+        pipeline.end(now_s, DECODE_S)
+        pipeline.note_arrival(now_s)
+    assert pipeline.plan_due_s is not None
+    return now_s + DECODE_S - pipeline.plan_due_s
+
+
+def test_plans_leave_earlier_where_the_device_had_to_wait_and_later_again() -> None:
+    first = run_steps(make_pipeline(), 1, idle_s=0.0)
+    pipeline = make_pipeline()
+    late = run_steps(pipeline, 10, idle_s=0.001)
+    assert first + 0.0005 < late
+    assert run_steps(make_pipeline(), 500, idle_s=0.004) < DECODE_S  # there is a limit
+    pipeline.steps.clear()
+    assert 0.0005 < run_steps(pipeline, 1000, idle_s=0.0) < first
 
 
 def test_prompts_and_many_rows_count() -> None:
