@@ -91,7 +91,8 @@ class EngineCore:
             scheduling, kv_cache, vocab_size=ready.vocab_size, adapter_limit=adapter_limit
         )
         self.gate = Gate(self.limits)
-        self._intake = Intake(scheduling, hasher, request_limits)
+        is_caching = cache.enable_prefix_caching
+        self._intake = Intake(scheduling, hasher, request_limits, is_caching=is_caching)
         self._trial = Trial(self, record)
         self._executor = executor
         self._epoch = epoch
@@ -214,7 +215,7 @@ class EngineCore:
         return not self._control.is_holding and any(self._groups.values())
 
     def submit_steps(self) -> bool:
-        """Plan and submit until enough steps are in flight; False when none was.
+        """Plan and submit until enough steps are in flight for now; False when none was.
 
         Raises:
             EngineError: nothing moves and nothing ever will. Dying of it is better than waiting:
@@ -229,8 +230,8 @@ class EngineCore:
             return False
         has_submitted = False
         self._trial.advance()
-        while self.scheduler.num_steps_in_flight < self.scheduler.max_steps_in_flight:
-            planned = self.scheduler.schedule(self._clock())
+        while self.scheduler.pipeline.wants_step(now_s := self._clock()):
+            planned = self.scheduler.schedule(now_s)
             if planned is None:
                 break
             self._trial.note_step(planned[0])

@@ -68,7 +68,7 @@ class CoreProcess:
         die_with(self._options.death_fd)
         print_stacks_when_asked()
         try:
-            config = with_worker_processes(decode_config(sys.stdin.buffer.read()))
+            config = with_own_loop(decode_config(sys.stdin.buffer.read()))
             channel = self._bind()
         except ConfigError as err:
             return self._fail(ExitCode.CONFIG, str(err))
@@ -141,6 +141,12 @@ class CoreProcess:
     def _fail(self, exit_code: ExitCode, reason: str, killed_by: int = 0) -> ExitCode:
         self._status.write(EngineFailed(self._options.epoch, reason, exit_code, killed_by))
         return exit_code
+
+
+def with_own_loop(config: EngineConfig) -> EngineConfig:
+    """What a core in a process of its own does besides: it can wake up to plan a step."""
+    config = with_worker_processes(config)
+    return replace(config, scheduler_config=replace(config.scheduler_config, plans_late=True))
 
 
 def with_worker_processes(config: EngineConfig) -> EngineConfig:

@@ -48,6 +48,7 @@ MAX_FRONTENDS = 1024
 _MAX_MESSAGES_PER_PASS = 256  # then a step: a flood must not stop the others' tokens
 _SETTLED_S = 1.0  # idle for so long: collect garbage
 _BEAT_S = 0.25  # the longest sleep with open requests: whoever watches wants to see us move
+_POLL_S = 0.001  # a wait for messages ends up to so much late
 _IDLE_S = 5.0  # the longest sleep while there are frontends to look after
 _GC_THRESHOLDS = (100_000, 50, 100)  # in case a core is never idle
 
@@ -86,12 +87,13 @@ class CoreServer:
         """Serve until a termination signal, and the drain after it; frontends are told."""
         while (reason := self._stop_reason()) is None:
             self._beat(Phase.STEPPING, has_work=True)
+            began_s = time.monotonic()
             has_moved = self._drain_frontends()
             has_moved |= self._step()
-            if time.monotonic() >= self._next_check_s:
+            if began_s >= self._next_check_s:
                 self._drop_departed(SILENCE_S)
             if not has_moved:
-                self._rest()
+                self._rest(began_s)
         self._publish(self._core.drain_outputs())
         self.announce_end(reason, ExitCode.CLEAN)
 
@@ -129,7 +131,8 @@ class CoreServer:
         self._publish(self._core.drain_outputs())
         return has_submitted or bool(results)
 
-    def _rest(self) -> None:
+    def _rest(self, tried_s: float) -> None:
+        """Sleep until there is something to do; at ``tried_s`` there was nothing to plan."""
         timeout_s = _IDLE_S if self._frontends else None
         if self._core.has_unfinished:
             timeout_s = _BEAT_S
@@ -140,6 +143,13 @@ class CoreServer:
                 left_s = max(0.0, moment_s - time.monotonic())
                 timeout_s = left_s if timeout_s is None else min(timeout_s, left_s)
         self._beat(Phase.STEPPING, has_work=self._core.has_unfinished)
+        due_s = self._core.scheduler.pipeline.plan_due_s
+        if due_s is not None and due_s > tried_s:
+            left_s = due_s - time.monotonic()
+            if left_s < _POLL_S:
+                time.sleep(max(0.0, left_s))
+                return
+            timeout_s = min(timeout_s or left_s, left_s - _POLL_S)
         ready = wait([self._channel, *self._executor.channels, self._signals.fileno()], timeout_s)
         if not ready and self._has_garbage and not self._core.has_unfinished:
             gc.collect()

@@ -25,10 +25,16 @@ class Intake:
     """Owns the order of arrival and what a request may ask."""
 
     def __init__(
-        self, config: SchedulerConfig, hasher: BlockHasher, request_limits: RequestLimits
+        self,
+        config: SchedulerConfig,
+        hasher: BlockHasher,
+        request_limits: RequestLimits,
+        *,
+        is_caching: bool,
     ) -> None:
         self._is_by_priority = config.policy == "priority"
         self._hasher = hasher
+        self._is_caching = is_caching
         self._limits = request_limits
         self._num_arrived = 0
         self._fair_share = FairShare()
@@ -60,6 +66,9 @@ class Intake:
             adapter_id=extra.adapter_id,
             deadline_s=deadline_of(request, now_s),
         )
+        if self._is_caching:  # now: when its step is planned, the device waits
+            ids = request.prompt_token_ids
+            group.prompt_hashes = self._hasher.extend(group.root_hash, ids)
         self._num_arrived += 1
         max_output_tokens = self._limits.max_model_len - len(request.prompt_token_ids)
         if request.params.max_tokens is not None:

@@ -39,7 +39,9 @@ class ProgressPage:
 
     def write(self, phase: Phase, num_steps: int, has_work: bool) -> None:
         """Say where we are, now."""
-        _FORMAT.pack_into(self._map, 0, num_steps, time.monotonic(), phase, has_work)
+        # Not pack_into, which clears its target first: a reader would see the time of 0.
+        beat = _FORMAT.pack(num_steps, time.monotonic(), phase, has_work)
+        self._map[: _FORMAT.size] = beat
 
     def read(self) -> Progress:
         """What was written last."""

@@ -12,12 +12,11 @@ one too many there, and it keeps row and blocks until that step was answered.
 Source: the token-budget formulation of the vLLM V1 scheduler.
 """
 
-from collections import deque
-
 from engine_core.admission import Admission
 from engine_core.headroom import GROWTH_TOKENS, AdapterLimit, Headroom
 from engine_core.kv_cache_manager import KVCacheManager
 from engine_core.lifecycle import Lifecycle
+from engine_core.pipeline import Pipeline
 from engine_core.request import Request, RequestGroup, RequestStatus
 from engine_core.step_builder import StepBuilder, StepInFlight
 from engine_core.step_cost import StepCost
@@ -29,12 +28,11 @@ from ipc.messages import FinishReason, ModelRunnerOutput, SchedulerOutput
 from ipc.tensors import Frames
 
 _MANY_WAITING = 64  # from here on throughput counts, and nobody adds up their tokens
-_SHORT_STEP_S = 0.001  # about twice the way from a result to the next plan
 _LATEST = 8  # of those that run, so many may still have a part of their prompt to compute
 
 
 class Scheduler:
-    """Owns the steps in flight; who runs and who waits is in ``lifecycle``.
+    """Owns what every step holds; who runs and who waits is in ``lifecycle``.
 
     A running request has not been scheduled in the current step when it is preempted: requests
     are scheduled first to last, and preempted last to first.
@@ -50,7 +48,6 @@ class Scheduler:
         growth_tokens: int = GROWTH_TOKENS,
     ) -> None:
         self._max_step_tokens = config.max_num_batched_tokens
-        self._max_steps_in_flight = config.max_steps_in_flight
         self._vocab_size = vocab_size
         self.kv_cache = kv_cache
         self.lifecycle = Lifecycle(config, kv_cache)
@@ -60,25 +57,14 @@ class Scheduler:
         )
         self._cost = StepCost(config.max_prefill_slowdown if config.enable_chunked_prefill else 0.0)
         self._has_streams = False  # whether the latest step let somebody decode
-        self._in_flight: deque[StepInFlight] = deque()
+        self.pipeline = Pipeline(config, self._cost)
         self._num_planned = 0  # the next step's id
         self._answered: list[Request] = []  # the user's processors gave their logits back
 
     @property
     def num_steps_in_flight(self) -> int:
         """Submitted steps whose answer is outstanding."""
-        return len(self._in_flight)
-
-    @property
-    def max_steps_in_flight(self) -> int:
-        """How many steps to plan before the first is answered.
-
-        One that runs and one that waits keep a device busy, unless a step is shorter than the way
-        from its result to the next plan; a third one would delay those who enter for nothing.
-        """
-        if self._max_steps_in_flight is not None:
-            return self._max_steps_in_flight
-        return 3 if self._cost.decodes_within(_SHORT_STEP_S) else 2
+        return len(self.pipeline.steps)
 
     @property
     def num_planned_steps(self) -> int:
@@ -98,7 +84,7 @@ class Scheduler:
         Meant to be asked when nothing could be planned. While a user's processors hold a row of
         logits, everything may rightly wait for it.
         """
-        if self._in_flight or not self.has_requests:
+        if self.pipeline.steps or not self.has_requests:
             return False
         lifecycle = self.lifecycle
         return not any(r.awaits_user for r in (*lifecycle.running, *lifecycle.waiting))
@@ -106,7 +92,8 @@ class Scheduler:
     # ------------------------------------------------------------ requests come and go
 
     def add(self, group: RequestGroup) -> None:
-        """Queue a group."""
+        """Queue a group that has just arrived."""
+        self.pipeline.note_arrival(group.arrival_s)
         self.lifecycle.add(group)
 
     def end(self, request: Request, reason: FinishReason, error: str | None = None) -> bool:
@@ -149,7 +136,7 @@ class Scheduler:
         self._num_planned += 1
         transfers = self.kv_cache.take_transfers()
         plan, frames, in_flight = step.build(self.lifecycle.rows.take_freed(), transfers)
-        self._in_flight.append(in_flight)
+        self.pipeline.begin(in_flight, now_s)
         self._has_streams = in_flight.num_decodes > 0
         return plan, frames
 
@@ -241,7 +228,7 @@ class Scheduler:
         Raises:
             ProtocolError: the answer is to another step, or of another size.
         """
-        step = self._in_flight.popleft()
+        step = self.pipeline.end(now_s, output.device_time_s)
         sampled = output.sampled_token_ids
         if output.step_id != step.step_id or len(sampled) != len(step.sampling):
             raise ProtocolError(
@@ -272,7 +259,7 @@ class Scheduler:
         if finished or result.failed:
             self.lifecycle.drop_finished()
         self.lifecycle.release_leaving()
-        self._cost.note(step.num_prompt_tokens, step.num_decodes, output.device_time_s)
+        self._cost.note(step.num_prompt_tokens, output.device_time_s)
         self._count(step, len(gained), now_s)
         return result
 

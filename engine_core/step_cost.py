@@ -5,14 +5,19 @@ streams in it takes only so many prompt tokens that it lasts ``max_slowdown`` ti
 any. Where more prompts wait than a few such steps would finish, their time to first token weighs
 more than the gap: chunks grow with the backlog, up to the whole budget for a batch job.
 
-The model has two terms: the time of a step that only decodes, and the time that each prompt token
-adds. Both follow the measured times, so the model, the batch and the device may be any.
+A device reads its weights for the few tokens of a decode step or computes the products of many,
+whichever takes longer. So the first prompt tokens of a step are free, and then its time grows with
+their number: the model has the time of a step that only decodes, and that of a prompt token where
+these take longer. Where the truth is another, chunks as long as allowed are what it is fitted to:
+the time per token that they are found to take leads to those that take the allowed time. Both
+terms follow the measured times, so the model, the batch and the device may be any.
 """
 
 _DRAIN_STEPS = 8  # a backlog is to be done in so many steps
 _MIN_CHUNK = 64  # tokens; fewer would cost a step's fixed time again and again
 _LEARNING_RATE = 0.1
 _MIN_LEARNT_TOKENS = 32  # fewer prompt tokens tell nothing about the time of one
+_LONGER = 1.25  # times a decode: from here on a step's time is that of its tokens
 
 
 class StepCost:
@@ -22,13 +27,12 @@ class StepCost:
         """Limit steps to ``max_slowdown`` times the time of a decode step; 0: never."""
         self._max_slowdown = max_slowdown
         self._decode_s: float | None = None  # a step that only decodes
-        self._token_s: float | None = None  # what each prompt token adds
+        self._token_s: float | None = None  # of a prompt, where they fill the step
 
-    def note(self, num_prompt_tokens: int, num_decodes: int, device_time_s: float) -> None:
+    def note(self, num_prompt_tokens: int, device_time_s: float) -> None:
         """Learn from an answered step.
 
         Args:
-            num_decodes: streams that gained a token in it.
             device_time_s: as the worker measured it; 0 says nothing.
         """
         if device_time_s <= 0:
@@ -36,13 +40,20 @@ class StepCost:
         if num_prompt_tokens == 0:
             self._decode_s = _follow(self._decode_s, device_time_s)
         elif num_prompt_tokens >= _MIN_LEARNT_TOKENS:
-            others_s = 0.0 if num_decodes == 0 else self._decode_s or 0.0
-            added_s = max(device_time_s - others_s, 0.1 * device_time_s)
-            self._token_s = _follow(self._token_s, added_s / num_prompt_tokens)
+            token_s = device_time_s / num_prompt_tokens
+            is_filled = device_time_s > _LONGER * (self._decode_s or 0.0)
+            if is_filled or token_s < (self._token_s or 0.0):
+                self._token_s = _follow(self._token_s, token_s)
 
     def decodes_within(self, limit_s: float) -> bool:
         """Whether a step that only decodes is known to take less time."""
         return self._decode_s is not None and self._decode_s < limit_s
+
+    def expected_s(self, num_prompt_tokens: int) -> float | None:
+        """What a step with streams in it lasts; None: not known."""
+        if self._decode_s is None:
+            return None
+        return max(self._decode_s, num_prompt_tokens * (self._token_s or 0.0))
 
     def max_prompt_tokens(self, num_waiting_tokens: int) -> int | None:
         """How many prompt tokens a step with streams in it takes; None: as many as there are.
@@ -52,7 +63,7 @@ class StepCost:
         """
         if not self._max_slowdown or self._decode_s is None or self._token_s is None:
             return None
-        flat = int((self._max_slowdown - 1) * self._decode_s / self._token_s)
+        flat = int(self._max_slowdown * self._decode_s / self._token_s)
         return max(flat, num_waiting_tokens // _DRAIN_STEPS, _MIN_CHUNK)
 
 

@@ -199,11 +199,11 @@ class EngineArgs:
     # -- ours --
     max_steps_in_flight: int | None = flag(
         None,
-        help="steps planned before the first is answered; 1: the plain loop; unset: 2, and 3 "
-        "while steps are very short",
+        help="steps planned before the first is answered; 1: the plain loop; unset: 2 (the second "
+        "as late as possible while requests arrive), and 3 while steps are very short",
     )
     max_prefill_slowdown: float = flag(
-        2.5,
+        2.0,
         help="how many times as long a step of running streams may take for prompts that enter, "
         "while few wait; 0: no limit",
     )

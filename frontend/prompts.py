@@ -60,11 +60,11 @@ def parse_prompt(prompt: object) -> ParsedPrompt:
 
 def token_id_list(ids: Sequence[Any]) -> list[int]:
     """A list of whole numbers; RequestError when there is anything else in it."""
-    for token_id in ids:
-        if type(token_id) is not int:
-            raise RequestError(
-                f"prompt_token_ids must hold whole numbers, got {token_id!r}", "prompt_token_ids"
-            )
+    if set(map(type, ids)) - {int}:
+        bad = next(token_id for token_id in ids if type(token_id) is not int)
+        raise RequestError(
+            f"prompt_token_ids must hold whole numbers, got {bad!r}", "prompt_token_ids"
+        )
     return list(ids)
 
 

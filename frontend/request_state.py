@@ -217,15 +217,15 @@ class RequestState:
         else:
             best = sorted(self.branches, key=_by_likelihood)[: self.params.n]
             outputs = [self._take_branch(branch, rank) for rank, branch in enumerate(best)]
-        return RequestOutput(
-            request_id=self.request_id,
-            prompt=self.prompt,
-            prompt_token_ids=self.entry.request.prompt_token_ids,
-            prompt_logprobs=prompt_logprobs,
-            outputs=outputs,
-            finished=self.num_unfinished == 0,
-            metrics=self.metrics,
-            lora_request=self.lora_request,
+        return RequestOutput(  # by position what can be: it is built for every token
+            self.request_id,
+            self.prompt,
+            self.entry.request.prompt_token_ids,
+            prompt_logprobs,
+            outputs,
+            self.num_unfinished == 0,
+            self.metrics,
+            self.lora_request,
             num_cached_tokens=self.num_cached_tokens,
             error=None if self.failure is None else str(self.failure),
         )
@@ -251,8 +251,9 @@ class RequestState:
         return text
 
     def _take_branch(self, branch: BranchState, index: int) -> CompletionOutput:
-        text = "".join(branch.new_pieces)
-        branch.new_pieces.clear()
+        pieces = branch.new_pieces
+        text = pieces.pop() if len(pieces) == 1 else "".join(pieces)  # one is the common case
+        pieces.clear()
         token_ids, logprobs = branch.token_ids, branch.logprobs
         if self.kind is RequestOutputKind.DELTA:
             token_ids = token_ids[branch.num_taken_tokens :]
@@ -293,9 +294,12 @@ class RequestState:
 
     def _count_tokens(self) -> None:
         """Bring the metrics up to date: nobody looks at them at every token."""
-        metrics = self.metrics
-        metrics.num_generation_tokens = sum(len(branch.token_ids) for branch in self.branches)
-        last_s = max(branch.last_token_time_s for branch in self.branches)
+        metrics, first = self.metrics, self.branches[0]
+        num_tokens, last_s = len(first.token_ids), first.last_token_time_s
+        for branch in self.branches[1:]:
+            num_tokens += len(branch.token_ids)
+            last_s = max(last_s, branch.last_token_time_s)
+        metrics.num_generation_tokens = num_tokens
         metrics.last_token_time = last_s or metrics.last_token_time
 
     def _note_logprobs(

@@ -155,6 +155,7 @@ class SchedulerConfig:
     max_waiting_requests: int | None = None  # None: 4 * max_num_seqs beyond the running ones
     max_waiting_tokens: int | None = None  # None: 1024 for each request that may wait; 0: no limit
     max_prefill_slowdown: float = 0.0  # of a step with streams, by prompts; 0: no limit
+    plans_late: bool = False  # a step just before the running one ends; needs a loop that wakes up
 
     def __post_init__(self) -> None:
         """Reject what could only fail later, and name the flag to change."""

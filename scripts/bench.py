@@ -9,6 +9,7 @@ begins with the machine's own limits, measured there and then.
   latency     N requests at once        throughput  everything at once
   serve       a server under load       bus         frontend and core without a model
   sse         the HTTP path alone: CPU time per token of API process and core
+  arrivals    first tokens and gaps while requests arrive, at the pace of a GPU, without one
 """
 
 import argparse
@@ -19,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bench_arrivals
 import bench_bus
 import bench_gpu
 import bench_offline
@@ -56,6 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
         "report": bench_report,
         "profile": bench_profile,
         "sse": bench_sse,
+        "arrivals": bench_arrivals,
     }.items():
         command = commands.add_parser(name, description=module.__doc__)
         module.add_arguments(command)

@@ -223,9 +223,9 @@ def prompts_of(prompt: str | list[Any]) -> list[Prompt]:
     """
     if isinstance(prompt, str):
         return [prompt]
-    kinds = {type(item) for item in prompt}
+    kinds = set(map(type, prompt))
     if kinds == {int}:
-        if any(not 0 <= token_id < 2**31 for token_id in prompt):
+        if min(prompt) < 0 or max(prompt) >= 2**31:
             raise RequestError("prompt holds a number that is no token id", param="prompt")
         return [list(prompt)]
     if kinds not in ({str}, {list}):

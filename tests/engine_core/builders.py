@@ -49,6 +49,7 @@ class Setup:
     max_waiting_requests: int | None = 1000
     max_waiting_tokens: int | None = None
     max_prefill_slowdown: float = 0.0
+    plans_late: bool = False
     policy: str = "fcfs"
     preemption_mode: str | None = None
     num_lookahead_slots: int = 0
@@ -77,6 +78,7 @@ class Setup:
                 max_waiting_requests=self.max_waiting_requests,
                 max_waiting_tokens=self.max_waiting_tokens,
                 max_prefill_slowdown=self.max_prefill_slowdown,
+                plans_late=self.plans_late,
             ),
         )
 

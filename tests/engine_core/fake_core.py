@@ -3,6 +3,7 @@
 Each request gets one token a step, as many as it asked for; token i of a request is i.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -93,8 +94,13 @@ class FakeCore:
         self.aborted: list[tuple[bytes, str]] = []
         self.processed_logits: list[bytes] = []
         self.gate = FakeGate()
+        self.num_tries = 0
+        self.has_nothing_to_plan = False
+        self.planned_s: float | None = None  # when the step of ``pipeline.plan_due_s`` was
         self._step_id = 0
-        self.scheduler = SimpleNamespace(num_planned_steps=0)  # a counter that nobody checks
+        self.pipeline = SimpleNamespace(plan_due_s=None)
+        # The counter is checked by nobody.
+        self.scheduler = SimpleNamespace(num_planned_steps=0, pipeline=self.pipeline)
 
     @property
     def has_unfinished(self) -> bool:
@@ -149,6 +155,11 @@ class FakeCore:
 
     def submit_steps(self) -> bool:
         """Submit a step if a request is open and none is in flight."""
+        self.num_tries += 1
+        due_s = None if self.has_nothing_to_plan else self.pipeline.plan_due_s
+        if due_s is not None and time.monotonic() >= due_s:
+            self.pipeline.plan_due_s = None
+            self.planned_s = time.monotonic()
         if not self.open or self.executor.num_submitted:
             return False
         self.executor.submit(SchedulerOutput(0, [], []))

@@ -1,5 +1,6 @@
 """The core's loop in front of a fake core: handshakes, requests, credits, calls, departures."""
 
+import time
 from array import array
 
 import pytest
@@ -184,6 +185,31 @@ def test_a_tensor_that_does_not_fit_harms_nobody() -> None:
         frontend.say(good, frames=(logits,))
 
         wait_until(lambda: rig.core.processed_logits == [logits])
+
+
+def test_the_loop_wakes_up_when_a_step_is_to_be_planned() -> None:
+    with running_server() as rig, BareFrontend(rig.address) as frontend:
+        frontend.greet()
+        due_s = time.monotonic() + 0.05
+        rig.core.pipeline.plan_due_s = due_s
+        frontend.say(Heartbeat(1.0))  # the last thing that it hears
+
+        wait_until(lambda: rig.core.planned_s is not None)
+
+        assert rig.core.planned_s is not None
+        assert due_s <= rig.core.planned_s < due_s + 1.0  # else it would sleep for seconds
+
+
+def test_the_loop_sleeps_when_there_was_nothing_to_plan_at_that_time() -> None:
+    with running_server() as rig, BareFrontend(rig.address) as frontend:
+        frontend.greet()
+        rig.core.pipeline.plan_due_s = time.monotonic() + 0.02
+        rig.core.has_nothing_to_plan = True
+        frontend.say(Heartbeat(1.0))
+        frontend.hear()
+        wait_until(lambda: time.monotonic() > rig.core.pipeline.plan_due_s + 0.1)
+
+        assert rig.core.num_tries < 20
 
 
 def test_a_goodbye_frees_the_requests() -> None:

@@ -39,7 +39,7 @@ HOSTILE += [
 
 
 def intake() -> Intake:
-    return Intake(SchedulerConfig(), BlockHasher(b"k" * 16, 8), LIMITS)
+    return Intake(SchedulerConfig(), BlockHasher(b"k" * 16, 8), LIMITS, is_caching=True)
 
 
 def encoded(message: AddRequest) -> list[Any]:

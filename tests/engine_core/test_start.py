@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from engine_core.core_process import with_worker_processes
+from engine_core.core_process import with_own_loop, with_worker_processes
 from engine_core.start import start_core
 from executor.executor import OnProgress
 from ipc.config import EngineConfig, decode_config
@@ -76,3 +76,8 @@ def test_an_executor_of_the_users_own_is_left_alone() -> None:
     config = make_config(executor_class="a:B")
 
     assert with_worker_processes(config) == config
+
+
+def test_a_core_in_a_process_of_its_own_may_plan_late() -> None:
+    assert not make_config().scheduler_config.plans_late
+    assert with_own_loop(make_config()).scheduler_config.plans_late
